@@ -1,0 +1,1 @@
+"""The small pretrained model that the quick start runs on; its folder is in diffusers' own format."""

@@ -1,0 +1,196 @@
+"""Callbacks: pictures before and after, the reward's curve, and the LoRA as a file. They write into the run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_fdfo.module import FDFOModule
+
+
+def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Images side by side, in rows.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        columns: images a row.
+        zoom: pixels a pixel, >= 1.
+        gap: pixels of grey between images.
+
+    Example:
+        >>> image_grid(torch.ones(3, 3, 8, 16), columns=2).size
+        (38, 22)
+    """
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = Image.new(
+        "RGB",
+        ((columns * (width * zoom + gap) + gap), rows * (height * zoom + gap) + gap),
+        (128, 128, 128),
+    )
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for index, pixel in enumerate(pixels):
+        row, column = divmod(index, columns)
+        tile = Image.fromarray(pixel).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + column * (width * zoom + gap), gap + row * (height * zoom + gap)))
+    return sheet
+
+
+class BeforeAfter(Callback):
+    """Judges the fixed validation prompts before and after training.
+
+    The first validation (before any step; set `num_sanity_val_steps: -1`) and the last one are compared: grids of their
+    first images go to `before.png` and `after.png`, all mean scores to `before_after.json`, and a table is printed.
+
+    Args:
+        num_images: in a grid.
+        columns: of the grid.
+        zoom: pixels a pixel.
+    """
+
+    def __init__(self, num_images: int = 24, columns: int = 6, zoom: int = 2) -> None:
+        self.num_images = num_images
+        self.columns = columns
+        self.zoom = zoom
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.after_epoch = 0
+        self._images: list[Tensor] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first validation's scores, so that a resumed run still compares with the base model."""
+        return {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores them."""
+        self.before, self.after = state_dict["before"], state_dict["after"]
+        self.after_epoch = state_dict["after_epoch"]
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts anew."""
+        self._images, self._sums, self._count = [], {}, 0
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Adds a batch's scores, and its images until the grid is full."""
+        if sum(len(images) for images in self._images) < self.num_images:
+            self._images.append(outputs["images"])
+        self._count += len(outputs["images"])
+        for name, scores in outputs["scores"].items():
+            self._sums[name] = self._sums.get(name, 0.0) + scores.double().sum().item()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the grid; the first of a run is `before`, each later one `after`."""
+        names = list(self._sums)
+        local = torch.tensor([*self._sums.values(), float(self._count)], dtype=torch.float64, device=pl_module.device)
+        *sums, count = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        means = {name: value / count for name, value in zip(names, sums, strict=True)}
+        is_first = not self.before
+        if is_first:
+            self.before = means
+        else:
+            self.after, self.after_epoch = means, trainer.current_epoch + 1
+        if trainer.is_global_zero:
+            images = torch.cat(self._images)[: self.num_images]
+            path = run_folder(trainer) / ("before.png" if is_first else "after.png")
+            image_grid(images, self.columns, self.zoom).save(path)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table and writes `before_after.json`."""
+        if not self.after:
+            return
+        table = Table("", "before", f"after epoch {self.after_epoch}", "change", title="Fixed validation prompts")
+        for name, before in self.before.items():
+            after = self.after[name]
+            table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        Console().print(table)
+        summary = {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
+        folder = run_folder(trainer)
+        (folder / "before_after.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(f"Pictures, curve and LoRA are in {folder}")
+
+
+class RewardCurve(Callback):
+    """Draws the mean reward of each epoch's rollouts, and of each validation, to `reward_curve.png` at the end."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[tuple[int, float]] = []
+        self.validations: list[tuple[int, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curve so far."""
+        return {"rollouts": self.rollouts, "validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the curve up where it stopped."""
+        self.rollouts, self.validations = state_dict["rollouts"], state_dict["validations"]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes a validation's mean reward."""
+        epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
+        self.validations.append((epoch, trainer.callback_metrics["val/reward"].item()))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes an epoch's mean reward."""
+        self.rollouts.append((trainer.current_epoch + 1, trainer.callback_metrics["reward/mean"].item()))
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws."""
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for points, style, label in ((self.rollouts, "-", "rollouts"), (self.validations, "o-", "validation, no churn")):
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(xlabel="epoch", ylabel="mean reward")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(run_folder(trainer) / "reward_curve.png", dpi=120)
+
+
+class LoRAExport(Callback):
+    """Writes the LoRA as `pytorch_lora_weights.safetensors`, which diffusers loads, at the end of `fit`.
+
+    Args:
+        subfolder: of the run's folder.
+    """
+
+    def __init__(self, subfolder: str = "lora") -> None:
+        self.subfolder = subfolder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises TypeError for a module without a LoRA."""
+        if not isinstance(pl_module, FDFOModule) or pl_module.lora is None:
+            raise TypeError("LoRAExport needs an FDFOModule that trains a LoRA; leave it out for full fine-tuning")
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the file under a temporary name, then renames it."""
+        folder = run_folder(trainer) / self.subfolder
+        partial = folder / ".partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        partial.rmdir()
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's files go: `default_root_dir`, made if need be."""
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

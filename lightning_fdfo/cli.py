@@ -1,0 +1,159 @@
+"""The command `lightning-fdfo`: LightningCLI with FDFOModule and PromptDataModule, and the list of rewards.
+
+    lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
+    lightning-fdfo validate --config … [--ckpt_path …]
+    lightning-fdfo rewards
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import transformers
+from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+from rich.table import Table
+
+from lightning_fdfo.callbacks import run_folder
+from lightning_fdfo.checkpoint import AtomicCheckpointIO
+from lightning_fdfo.data import PromptDataModule
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.reward import available_rewards, load_reward_class
+
+
+class FDFOArgumentParser(LightningArgumentParser):
+    """Says an error in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints what is wrong and exits with 2."""
+        _fail(message)
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes the resolved configuration into the run's folder, and refuses a folder that holds a run already."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ConfigurationError if `fit` would mix two runs in one folder."""
+        record = Path(trainer.default_root_dir) / self.config_filename
+        if stage == "fit" and record.exists() and not self.config.get("ckpt_path"):
+            raise ConfigurationError(
+                f"{record.parent} holds a run already: go on with it by --ckpt_path last, "
+                f"or choose another folder by --trainer.default_root_dir FOLDER"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the record once all has been set up: a run that cannot start leaves nothing behind."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes config.yaml; on a resume config-1.yaml and so on, beside it."""
+        path, number = run_folder(trainer) / self.config_filename, 0
+        while path.exists():
+            number += 1
+            path = path.with_name(f"{Path(self.config_filename).stem}-{number}.yaml")
+        self.parser.save(self.config, path, skip_none=False)
+
+
+class FDFOCLI(LightningCLI):
+    """LightningCLI with strict keys, interpolation, one seed for all, and atomic checkpoints.
+
+    Args:
+        args: command-line arguments; None takes them from the process.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        strict = {"allow_abbrev": False, "parser_mode": "omegaconf+"}
+        super().__init__(
+            FDFOModule,
+            PromptDataModule,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            parser_class=FDFOArgumentParser,
+            parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(args) if args is not None else None,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`."""
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The module's seed is `seed_everything`."""
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds atomic checkpoints, and Lightning's plain progress bar, unless the configuration has its own."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        plugins = _as_list(trainer.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        if trainer.get("enable_progress_bar") is not False:
+            self.trainer_defaults["callbacks"] = [TQDMProgressBar()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+
+def list_rewards() -> None:
+    """Prints a table of all installed rewards; one that cannot be imported is named in a warning, and stays in it."""
+    table = Table("name", "distribution", "version", "range", "needs of a prompt")
+    for name, entry in available_rewards().items():
+        distribution, version = (entry.dist.name, entry.dist.version) if entry.dist is not None else ("?", "?")
+        try:
+            cls = load_reward_class(name)
+        except ConfigurationError as error:
+            warnings.warn(str(error), stacklevel=2)
+            table.add_row(name, distribution, version, "cannot be imported", "")
+            continue
+        low, high = cls.range
+        needs = cls.needs or ", ".join(f'metadata "{key}"' for key in cls.required_metadata) or "nothing"
+        table.add_row(name, distribution, version, f"{low:g} … {high:g}", needs)
+    if not table.rows:
+        print("No rewards are installed: pip install lightning-fdfo-rewards")
+        return
+    Console().print(table)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; errors that the user can mend end in one line and exit code 2."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    sys.argv = [sys.argv[0], *arguments]
+    transformers.logging.set_verbosity_error()
+    import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
+
+    try:
+        if arguments[:1] == ["rewards"]:
+            if arguments[1:]:
+                raise ConfigurationError(f"lightning-fdfo rewards takes no arguments, got {arguments[1:]}")
+            list_rewards()
+        else:
+            FDFOCLI()
+    except ConfigurationError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """None, one, or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,338 @@
+"""FDFOModule: the LightningModule that owns flow, sampling settings and rewards; its training_step is the objective.
+
+Lightning does the rest: accumulation, clipping, precision, strategies, loggers, checkpoints. Not here: the mathematics
+(objective.py, sampling.py), the rollout (rollout.py), and hyper-parameters in checkpoints, which would silently
+override a configuration on resume; the record of a run is its config.yaml.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from lightning_fdfo.batching import BatchPlan
+from lightning_fdfo.data import IndexedPrompt, Prompt
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flow import FlowModel, LoRA
+from lightning_fdfo.monitoring import rollout_metrics
+from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
+from lightning_fdfo.reward import RewardMix
+from lightning_fdfo.rollout import Rollout, RolloutLoader, Sampling, TrajectoryPoints, paint, roll_out
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Settings of the objective.
+
+    Args:
+        clip_range: > 0; how far a ratio may leave 1 before it is pulled back.
+        normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
+        kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
+    """
+
+    clip_range: float = 0.03
+    normalization: Normalization = "mean_square"
+    kl_weight: float = 0.0
+
+
+def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
+    """The paper's optimiser."""
+    return AdamW(parameters, lr=3e-5, weight_decay=1e-4)
+
+
+class FDFOModule(LightningModule):
+    """Finite Difference Flow Optimization of a flow model.
+
+    Args:
+        flow: the base model's adapter.
+        rewards: a mixture, see `RewardMix`.
+        sampling: how images are painted.
+        num_pairs: pairs an epoch, over all devices.
+        updates_per_epoch: optimiser steps an epoch.
+        num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
+        batch_size: points a forward, on each device; sets memory only.
+        objective: settings of the loss.
+        lora: settings of the LoRA; None trains the whole transformer.
+        optimizer: from parameters to an optimiser.
+        lr_scheduler: from an optimiser to a scheduler, stepped after each optimiser step.
+        metrics: rewards that are scored in validation only, in the form of `rewards`; their weights mean nothing.
+        seed: >= 0; prompts, latents, noise and the LoRA's start are a function of it. The command line takes it
+            from `seed_everything`.
+
+    Raises:
+        ConfigurationError: settings that cannot work; at set-up, before any model is loaded, where that can be known.
+
+    Source: arXiv 2603.12893.
+    """
+
+    def __init__(
+        self,
+        flow: FlowModel,
+        rewards: dict[str, Any],
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        num_pairs: int = 432,
+        updates_per_epoch: int = 4,
+        num_points_per_pair: int | None = None,
+        batch_size: int = 8,
+        objective: Objective = Objective(),  # noqa: B008 - frozen
+        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        metrics: dict[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.flow = flow
+        self.rewards = RewardMix(rewards)
+        self.metrics = RewardMix(metrics) if metrics else None
+        self.sampling = sampling
+        self.num_pairs = num_pairs
+        self.updates_per_epoch = updates_per_epoch
+        self.num_points_per_pair = num_points_per_pair
+        self.batch_size = batch_size
+        self.objective = objective
+        self.lora = lora
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.seed = seed
+        self.strict_loading = True
+        self._on_device: torch.device | None = None
+        self._rollout_metrics: dict[str, float] = {}
+        self._training_started = self._training_ended = 0.0
+        if objective.clip_range <= 0 or objective.kl_weight < 0:
+            raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
+        if objective.kl_weight and lora is None:
+            raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0")
+        if seed < 0:
+            raise ConfigurationError(f"seed: expected >= 0, got {seed}")
+
+    # Set-up: first all that needs no weights, then the model
+
+    def setup(self, stage: str) -> None:
+        """Checks the model's folder and derives the batch arithmetic."""
+        self.flow.check()
+        if stage == "fit":
+            plan = self.plan
+            given = self.trainer.accumulate_grad_batches
+            if given not in (1, plan.batches_per_update):
+                raise ConfigurationError(
+                    f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {plan.batches_per_update})"
+                )
+            self.trainer.accumulate_grad_batches = plan.batches_per_update
+            rank_zero_info(str(plan))
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The arithmetic of an epoch on this trainer's devices."""
+        return BatchPlan.derive(
+            num_pairs=self.num_pairs,
+            updates_per_epoch=self.updates_per_epoch,
+            num_steps=self.sampling.num_steps,
+            num_points_per_pair=self.num_points_per_pair,
+            batch_size=self.batch_size,
+            world_size=self.trainer.world_size,
+        )
+
+    def check_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
+        """Raises ConfigurationError, with file and line, if a reward or metric cannot score a prompt."""
+        for mix, prompts in ((self.rewards, [*train, *val]), (self.metrics, val)):
+            for prompt in prompts if mix is not None else []:
+                try:
+                    mix.check(prompt.text, prompt.metadata)  # type: ignore[union-attr]
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"{prompt.source}: {error}") from error
+
+    def configure_model(self) -> None:
+        """Loads the model and makes its LoRA, or the whole transformer, trainable; a second call does nothing."""
+        if hasattr(self.flow, "transformer"):
+            return
+        self.flow.load()
+        self.flow.latent_shape(self.sampling.height, self.sampling.width)
+        if self.lora is not None:
+            bound = self.flow.add_lora(self.lora, self.seed)
+            rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
+        else:
+            self.flow.transformer.float().requires_grad_(True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser of the trainable weights, and the scheduler, stepped after each update."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Puts text encoders, VAE and rewards on the device."""
+        self._move_to_device()
+
+    def on_validation_start(self) -> None:
+        """The same, for `validate` alone."""
+        self._move_to_device()
+
+    def _move_to_device(self) -> None:
+        if self._on_device == self.device:
+            return
+        self.flow.to_device(self.device)
+        self.rewards.setup(self.device)
+        if self.metrics is not None:
+            self.metrics.setup(self.device)
+        self._on_device = self.device
+
+    # Rollouts
+
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+        """The training loader: each epoch it rolls out pairs of `prompts` and yields their points."""
+        return RolloutLoader(
+            self._roll_out,
+            prompts,
+            self.plan,
+            seed=self.seed,
+            normalization=self.objective.normalization,
+            rank=self.trainer.global_rank,
+            chunk_size=self.sampling.rollout_batch_size,
+            epoch=lambda: self.current_epoch,
+            on_rollout=self._note_rollout,
+            track=self._track,
+        )
+
+    def _roll_out(self, prompts: Sequence[Prompt], pairs: Sequence[int]) -> Rollout:
+        with self.trainer.precision_plugin.forward_context():
+            return roll_out(
+                self.flow,
+                self.rewards,
+                prompts,
+                pairs,
+                seed=self.seed,
+                epoch=self.current_epoch,
+                sampling=self.sampling,
+                device=self.device,
+            )
+
+    def _note_rollout(self, rollout: Rollout) -> None:
+        self._rollout_metrics = rollout_metrics(rollout, self._all_sum)
+        self._training_started = time.perf_counter()
+
+    def _all_sum(self, values: Tensor) -> Tensor:
+        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
+        return reduced
+
+    def _track(self, chunks: Sequence[range]) -> Iterator[range]:
+        bar = self.trainer.progress_bar_callback
+        hidden = bar is None or not bar.is_enabled or not self.trainer.is_global_zero
+        yield from tqdm(chunks, desc="Rollout", unit="chunk", leave=False, disable=hidden, dynamic_ncols=True)
+
+    # Training
+
+    def on_train_batch_start(self, batch: TrajectoryPoints, batch_idx: int) -> None:
+        """Logs the numbers of the epoch's rollout, which lies behind its first batch."""
+        if batch_idx == 0:
+            self._log_epoch(self._rollout_metrics, 1)
+
+    def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
+        """The objective, averaged over the batch."""
+        velocity = self._velocity(batch)
+        loss, ratio = velocity_objective(
+            velocity, batch.old_velocity, batch.direction, batch.reward_difference, self.objective.clip_range
+        )
+        mean_loss = loss.mean()
+        logged = {"ratio": ratio.mean(), "clip_fraction": ((ratio - 1).abs() > self.objective.clip_range).float().mean()}
+        if self.objective.kl_weight:
+            divergence = velocity_divergence(velocity, self._base_velocity(batch)).mean()
+            mean_loss = mean_loss + self.objective.kl_weight * divergence
+            logged["divergence"] = divergence
+        self._log_epoch({f"train/{name}": value for name, value in {"loss": mean_loss, **logged}.items()}, len(loss))
+        return mean_loss
+
+    def _velocity(self, batch: TrajectoryPoints) -> Tensor:
+        return self.flow.velocity(batch.latents, batch.sigma, batch.conditioning, self.sampling.guidance_scale)
+
+    @torch.no_grad()
+    def _base_velocity(self, batch: TrajectoryPoints) -> Tensor:
+        self.flow.transformer.disable_adapters()  # type: ignore[operator]
+        try:
+            return self._velocity(batch)
+        finally:
+            self.flow.transformer.enable_adapters()  # type: ignore[operator]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the gradient's norm before clipping, and the learning rate."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._log_epoch({"train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}, 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
+        """Notes when training ended, before a validation may begin."""
+        self._training_ended = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the speed of training."""
+        points = self.plan.num_pairs * self.plan.points_per_pair
+        self._log_epoch({"train/points_per_second": points / (self._training_ended - self._training_started)}, 1)
+
+    def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
+        """Logs means over an epoch and over devices."""
+        self.log_dict(
+            dict(values), on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=self.trainer.world_size > 1
+        )
+
+    # Validation
+
+    def validation_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:
+        """Paints the prompts from fixed latents without churn and scores them.
+
+        Returns:
+            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], for callbacks.
+        """
+        prompts = [row.prompt for row in batch]
+        images = paint(
+            self.flow, prompts, [row.index for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
+        )
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        total, terms = self.rewards(images, texts, metadata)
+        scores = {"reward": total, **terms}
+        if self.metrics is not None:
+            scores |= self.metrics(images, texts, metadata).terms
+        self._log_epoch({f"val/{name}": value.mean() for name, value in scores.items()}, len(batch))
+        return {"images": images.cpu(), "prompts": texts, "scores": scores}
+
+    # Checkpoints: only what trains
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trainable weights only."""
+        names = self._trainable_names()
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fills in the frozen weights, so that loading stays strict.
+
+        Raises:
+            ConfigurationError: the checkpoint's trainable weights are not this model's; the message names them.
+        """
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        expected = {name: own[name].shape for name in self._trainable_names()}
+        differing = sorted(
+            {name for name, shape in expected.items() if name not in saved or saved[name].shape != shape}
+            | (set(saved) - set(expected))
+        )
+        if differing:
+            raise ConfigurationError(
+                f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
+                f"first {differing[0]}; use the configuration that it was written with"
+            )
+        checkpoint["state_dict"] = {**own, **saved}
+
+    def _trainable_names(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,154 @@
+"""Finite differences of a pair, and the velocity objective: the whole of the method's mathematics.
+
+Two branches of one prompt end in two images. Their rewards differ by a little, and so do the images; one over the
+other is the slope of the reward between them. The objective moves the velocity against the direction in image space
+along which the reward rises: a velocity points from image to noise, so the image moves toward the better one.
+
+Every function is pure, works on rows 2i and 2i+1 as pair i, and returns one value a sample; the module takes the mean.
+Means over "all but the batch" are written mean(). Left out: any gradient of the reward. None is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Normalization = Literal["mean_square", "root_mean_square"]
+
+
+class VelocityObjective(NamedTuple):
+    """The objective, sample by sample."""
+
+    loss: Tensor
+    """[B], float32"""
+    ratio: Tensor
+    """[B], float32, > 0; 1 on policy"""
+
+
+def half_differences(values: Tensor) -> Tensor:
+    """Own minus partner's, halved.
+
+        d_i = (values_i - values_j) / 2        j is i's partner
+
+    Args:
+        values: [2P, ...], rewards or end latents.
+
+    Returns:
+        [2P, ...]; the two rows of a pair sum to zero.
+
+    Raises:
+        ValueError: an odd number of rows.
+
+    Example:
+        >>> half_differences(torch.tensor([3.0, 1.0, 0.0, 4.0]))
+        tensor([ 1., -1., -2.,  2.])
+    """
+    if values.shape[0] % 2:
+        raise ValueError(f"expected rows 2i and 2i+1 of pair i, an even number, got {values.shape[0]} rows")
+    pairs = values.unflatten(0, (-1, 2))
+    return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)
+
+
+def direction(
+    endpoint_difference: Tensor, normalization: Normalization = "mean_square", eps: float = 1e-6
+) -> Tensor:
+    """The direction from a pair's middle to each of its images, scaled.
+
+        mean_square:       d / (mean(d^2) + eps)
+        root_mean_square:  d / sqrt(mean(d^2) + eps)
+
+    With `mean_square`, reward_difference * direction is a secant estimate of N times the reward's gradient at the
+    image (N numbers in an image): it has the right size whatever the distance of the pair. With `root_mean_square`
+    it keeps only the reward's own scale, which is steadier where rewards are noisy.
+
+    Args:
+        endpoint_difference: d, [2P, ...], half differences of the final latents.
+        normalization: as above; `mean_square` is what was published.
+        eps: > 0; a pair of equal images gets the direction 0.
+
+    Returns:
+        [2P, ...], float32.
+
+    Raises:
+        ValueError: another normalization.
+
+    Example:
+        >>> direction(torch.tensor([[3.0, 4.0]]), eps=0.0)
+        tensor([[0.2400, 0.3200]])
+        >>> direction(torch.tensor([[3.0, 4.0]]), "root_mean_square", eps=0.0)
+        tensor([[0.8485, 1.1314]])
+
+    Source: arXiv 2603.12893.
+    """
+    difference = endpoint_difference.float()
+    mean_square = _mean(difference**2) + eps
+    if normalization not in ("mean_square", "root_mean_square"):
+        raise ValueError(f"expected normalization 'mean_square' or 'root_mean_square', got {normalization!r}")
+    scale = mean_square if normalization == "mean_square" else mean_square.sqrt()
+    return difference / scale.reshape(-1, *[1] * (difference.ndim - 1))
+
+
+def velocity_objective(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    direction: Tensor,
+    reward_difference: Tensor,
+    clip_range: float = 0.03,
+) -> VelocityObjective:
+    """The loss of a velocity against the rollout's, with a quadratic price for moving far.
+
+        delta     = velocity - old_velocity
+        log_ratio = -mean(delta^2) - 2 * mean(delta * direction)
+        ratio     = exp(log_ratio)
+        loss      = -r * ratio + |r| / (2 * clip_range) * (ratio - 1)^2        r = reward_difference
+
+    log_ratio is mean((old_velocity - target)^2) - mean((velocity - target)^2) for target = old_velocity - direction,
+    multiplied out, so that close pairs lose no digits. On policy (delta = 0) the gradient is
+
+        d loss / d velocity = (2 / N) * r * direction        N = numbers in a sample
+
+    and its minimum for a fixed direction lies at ratio = 1 + clip_range * sign(r): a ratio further out is pulled back.
+
+    Args:
+        velocity: [B, ...], the model's now, with gradient.
+        old_velocity: [B, ...], the rollout's.
+        direction: [B, ...], of `direction()`.
+        reward_difference: [B], half difference of the rewards.
+        clip_range: > 0.
+
+    Returns:
+        VelocityObjective(loss [B], ratio [B]), float32.
+
+    Example:
+        >>> v = torch.zeros(1, 2, requires_grad=True)
+        >>> loss, ratio = velocity_objective(v, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.tensor([0.5]))
+        >>> ratio.item(), loss.item()
+        (1.0, -0.5)
+        >>> torch.autograd.grad(loss.sum(), v)[0]
+        tensor([[ 0.5000, -0.5000]])
+
+    Source: arXiv 2603.12893; the quadratic price is that of simple policy optimization (arXiv 2401.16025).
+    """
+    delta = velocity.float() - old_velocity.float()
+    log_ratio = -_mean(delta**2) - 2 * _mean(delta * direction.float())
+    ratio = log_ratio.exp()
+    reward_difference = reward_difference.float()
+    price = reward_difference.abs() / (2 * clip_range) * (ratio - 1) ** 2
+    return VelocityObjective(price - reward_difference * ratio, ratio)
+
+
+def velocity_divergence(velocity: Tensor, base_velocity: Tensor) -> Tensor:
+    """How far the velocity has left the base model's: mean((v - v_base)^2), [B], float32, >= 0.
+
+    Example:
+        >>> velocity_divergence(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+        tensor([5.])
+    """
+    return _mean((velocity.float() - base_velocity.float()) ** 2)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean over all but the batch: [B, ...] -> [B]."""
+    return values.flatten(1).mean(dim=1) if values.ndim > 1 else values

@@ -1,0 +1,313 @@
+"""Rollouts: sample pairs, score them, and deal their points out as batches.
+
+    prompts --encode--> conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> Rollout
+    Rollout --finite differences, stratified choice--> TrajectoryPoints, a batch at a time
+
+Legend: P pairs on this device, 2P branches, T steps, B points of a batch, `...` a latent's own axes.
+Everything at rest lies on the CPU in float32. Nothing here keeps state between epochs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.batching import BatchPlan
+from lightning_fdfo.data import Prompt
+from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.objective import Normalization, direction, half_differences
+from lightning_fdfo.randomness import Stream, generator, prompt_rows, stack_normal
+from lightning_fdfo.reward import RewardMix, RewardScores
+from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
+from lightning_fdfo.schedules import churn_schedule
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are painted, in rollouts and in validation.
+
+    Args:
+        num_steps: T, steps of the sampler.
+        height: of an image, pixels.
+        width: of an image, pixels.
+        churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
+        initial_churn: the same for the initial latents; None takes `churn`.
+        guidance_scale: 1 is without guidance, as in the paper.
+        rollout_batch_size: pairs a forward, on each device; sets memory only.
+    """
+
+    num_steps: int = 40
+    height: int = 512
+    width: int = 512
+    churn: float = 0.0025
+    initial_churn: float | None = None
+    guidance_scale: float = 1.0
+    rollout_batch_size: int = 8
+
+
+class Rollout(NamedTuple):
+    """An epoch's pairs of one device."""
+
+    pairs: Sequence[int]
+    """P global pair indices"""
+    sigmas: Tensor
+    """[T+1]"""
+    trajectories: Trajectories
+    """latents [2P, T+1, ...] and velocities [2P, T, ...]"""
+    conditioning: Conditioning
+    """P rows"""
+    scores: RewardScores
+    """total and terms, each [2P]"""
+    seconds: float
+    """time that it took"""
+
+    @staticmethod
+    def cat(parts: Sequence[Rollout]) -> Rollout:
+        """Joins the chunks of an epoch."""
+        return Rollout(
+            [pair for part in parts for pair in part.pairs],
+            parts[0].sigmas,
+            Trajectories(
+                torch.cat([part.trajectories.latents for part in parts]),
+                torch.cat([part.trajectories.velocities for part in parts]),
+            ),
+            Conditioning.cat([part.conditioning for part in parts]),
+            RewardScores(
+                torch.cat([part.scores.total for part in parts]),
+                {name: torch.cat([part.scores.terms[name] for part in parts]) for name in parts[0].scores.terms},
+            ),
+            sum(part.seconds for part in parts),
+        )
+
+
+class TrajectoryPoints(NamedTuple):
+    """A batch of points to train on."""
+
+    latents: Tensor
+    """[B, ...]: x at sigma"""
+    sigma: Tensor
+    """[B]"""
+    old_velocity: Tensor
+    """[B, ...]: the rollout's velocity there"""
+    direction: Tensor
+    """[B, ...]"""
+    reward_difference: Tensor
+    """[B]"""
+    conditioning: Conditioning
+    """B rows"""
+
+
+@torch.no_grad()
+def roll_out(
+    flow: FlowModel,
+    rewards: RewardMix,
+    prompts: Sequence[Prompt],
+    pairs: Sequence[int],
+    *,
+    seed: int,
+    epoch: int,
+    sampling: Sampling,
+    device: torch.device,
+) -> Rollout:
+    """Samples and scores some pairs of an epoch in one batch.
+
+    Args:
+        flow: the model, loaded.
+        rewards: the mixture, set up.
+        prompts: one a pair.
+        pairs: their global indices in the epoch.
+        seed: the run's.
+        epoch: the current one.
+        sampling: settings.
+        device: where the model is.
+
+    Returns:
+        A Rollout, on the CPU.
+    """
+    start = time.perf_counter()
+    generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
+    shape = flow.latent_shape(sampling.height, sampling.width)
+    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale)
+    per_branch = conditioning[[row for row in range(len(pairs)) for _ in range(2)]]
+    sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        return flow.velocity(latents, sigma, per_branch, sampling.guidance_scale)
+
+    latents = stack_normal(generators, *shape).to(device)
+    trajectories = sample_pairs(
+        velocity,
+        latents,
+        sigmas,
+        churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
+        lambda k: stack_normal(generators, 2, *shape).flatten(0, 1).to(device),
+    )
+    images = flow.decode(trajectories.latents[:, -1])
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    scores = rewards(images, [prompt.text for prompt in twice], [prompt.metadata for prompt in twice])
+    at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
+    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def paint(
+    flow: FlowModel,
+    prompts: Sequence[Prompt],
+    indices: Sequence[int],
+    *,
+    seed: int,
+    sampling: Sampling,
+    device: torch.device,
+) -> Tensor:
+    """Images for prompts from fixed latents, without churn: [N, 3, H, W] in [0, 1].
+
+    Args:
+        flow: the model, loaded.
+        prompts: N prompts.
+        indices: N numbers; image i's latents are a function of (seed, indices[i]).
+        seed: the run's.
+        sampling: settings; churn is not used.
+        device: where the model is.
+    """
+    generators = [generator(Stream.VALIDATION, seed, index=index) for index in indices]
+    latents = stack_normal(generators, *flow.latent_shape(sampling.height, sampling.width)).to(device)
+    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale)
+    sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
+    end = sample(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale), latents, sigmas)
+    return flow.decode(end)
+
+
+def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float) -> Conditioning:
+    """Conditioning for prompts; negative prompts are encoded only if guidance uses them."""
+    negatives = [prompt.negative for prompt in prompts] if guidance_scale != 1.0 else None
+    return flow.encode([prompt.text for prompt in prompts], negatives)
+
+
+def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: int) -> Tensor:
+    """Which points of a pair are trained on, in the order in which they are dealt out.
+
+    The pair's 2T points, in order of time, are cut into `num_points` equal strata; one is drawn from each; the
+    pair's own generator permutes them.
+
+    Args:
+        seed: the run's.
+        epoch: the current one.
+        pair: global pair index.
+        num_steps: T.
+        num_points: how many; divides 2T.
+
+    Returns:
+        int64 [num_points, 2]: branch (0 or 1) and step k (0 … T-1).
+
+    Example:
+        >>> chosen = choose_points(seed=0, epoch=0, pair=0, num_steps=4, num_points=4)
+        >>> sorted(chosen[:, 1].tolist())
+        [0, 1, 2, 3]
+    """
+    random = generator(Stream.POINTS, seed, epoch, pair)
+    size = 2 * num_steps // num_points
+    within = torch.randint(size, (num_points,), generator=random)
+    chosen = torch.arange(num_points) * size + within
+    chosen = chosen[torch.randperm(num_points, generator=random)]
+    return torch.stack([chosen % 2, chosen // 2], dim=1)
+
+
+def deal_points(
+    rollout: Rollout, plan: BatchPlan, *, seed: int, epoch: int, normalization: Normalization
+) -> Iterator[TrajectoryPoints]:
+    """The batches of an epoch: each update takes the same number of points from every pair.
+
+    Args:
+        rollout: this device's pairs.
+        plan: the epoch's arithmetic.
+        seed: the run's.
+        epoch: the current one.
+        normalization: of the direction.
+    """
+    latents, velocities = rollout.trajectories
+    directions = direction(half_differences(latents[:, -1]), normalization)
+    differences = half_differences(rollout.scores.total)
+    num_steps = velocities.shape[1]
+    chosen = torch.stack(
+        [choose_points(seed, epoch, pair, num_steps, plan.points_per_pair) for pair in rollout.pairs], dim=1
+    )  # [points, P, 2]
+    rows = torch.arange(len(rollout.pairs)).expand(chosen.shape[:2]).flatten()
+    branches, steps = chosen.flatten(0, 1).unbind(1)
+    for start in range(0, len(rows), plan.batch_size):
+        part = slice(start, start + plan.batch_size)
+        pair, step = rows[part], steps[part]
+        row = 2 * pair + branches[part]
+        yield TrajectoryPoints(
+            latents[row, step],
+            rollout.sigmas[step],
+            velocities[row, step],
+            directions[row],
+            differences[row],
+            rollout.conditioning[pair],
+        )
+
+
+class RolloutLoader:
+    """A sized iterable: each `iter()` rolls an epoch out, then yields its batches.
+
+    Lightning takes it for a plain training loader, so accumulation, precision and resuming are Lightning's own.
+
+    Args:
+        roll_out: `roll_out(prompts, pairs) -> Rollout` for the current epoch.
+        prompts: the training prompts.
+        plan: the epoch's arithmetic.
+        seed: the run's.
+        normalization: of the direction.
+        rank: this device's number; it takes pairs rank * P … (rank + 1) * P - 1.
+        chunk_size: pairs that are rolled out at once.
+        epoch: `epoch() -> int`, the current one.
+        on_rollout: called with the finished Rollout.
+        track: wraps the iterator over chunks, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        roll_out: Callable[[Sequence[Prompt], Sequence[int]], Rollout],
+        prompts: Sequence[Prompt],
+        plan: BatchPlan,
+        *,
+        seed: int,
+        normalization: Normalization,
+        rank: int,
+        chunk_size: int,
+        epoch: Callable[[], int],
+        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        track: Callable[[Sequence[range]], Iterator[range]] = iter,
+    ) -> None:
+        self.roll_out = roll_out
+        self.prompts = prompts
+        self.plan = plan
+        self.seed = seed
+        self.normalization = normalization
+        self.rank = rank
+        self.chunk_size = chunk_size
+        self.epoch = epoch
+        self.on_rollout = on_rollout
+        self.track = track
+
+    def __len__(self) -> int:
+        return self.plan.batches_per_epoch
+
+    def __iter__(self) -> Iterator[TrajectoryPoints]:
+        epoch = self.epoch()
+        first = self.rank * self.plan.pairs_per_device
+        pairs = range(first, first + self.plan.pairs_per_device)
+        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + first, len(pairs), len(self.prompts))
+        chunks = [pairs[start : start + self.chunk_size] for start in range(0, len(pairs), self.chunk_size)]
+        parts = []
+        for chunk in self.track(chunks):
+            prompts = [self.prompts[rows[pair - first]] for pair in chunk]
+            parts.append(self.roll_out(prompts, chunk))
+        rollout = Rollout.cat(parts)
+        self.on_rollout(rollout)
+        yield from deal_points(rollout, self.plan, seed=self.seed, epoch=epoch, normalization=self.normalization)

@@ -1,0 +1,1 @@
+"""Rewards for lightning-fdfo, one a file; they are found through entry points."""
