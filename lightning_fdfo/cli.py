@@ -19,6 +19,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -147,8 +148,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    """One line on standard error, exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """One line on standard error, from the first process only, and exit code 2."""
+    if rank_zero_only.rank == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

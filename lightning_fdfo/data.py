@@ -110,6 +110,10 @@ class PromptDataModule(LightningDataModule):
             self.train_prompts = read_prompts(self.train_path)
         if self.val_path is not None:
             self.val_prompts = read_prompts(self.val_path)
+        elif stage == "validate":
+            raise ConfigurationError("data.val: expected a prompt file to validate on, got none")
+        elif self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # Lightning's own way to train without validation
         check = getattr(model, "check_prompts", None)
         if check is not None:
             check(self.train_prompts, self.val_prompts)
@@ -122,8 +126,4 @@ class PromptDataModule(LightningDataModule):
     def val_dataloader(self) -> Any:
         """Batches of `IndexedPrompt`s, in the file's order."""
         rows = [IndexedPrompt(index, prompt) for index, prompt in enumerate(self.val_prompts)]
-        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=_as_list) if rows else []  # type: ignore[arg-type]
-
-
-def _as_list(rows: Sequence[IndexedPrompt]) -> list[IndexedPrompt]:
-    return list(rows)
+        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=list)  # type: ignore[arg-type]

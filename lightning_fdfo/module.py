@@ -8,6 +8,7 @@ override a configuration on resume; the record of a run is its config.yaml.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ class FDFOModule(LightningModule):
         self.strict_loading = True
         self._on_device: torch.device | None = None
         self._rollout_metrics: dict[str, float] = {}
-        self._training_started = self._training_ended = 0.0
+        self._training_started = 0.0
         if objective.clip_range <= 0 or objective.kl_weight < 0:
             raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
         if objective.kl_weight and lora is None:
@@ -158,6 +159,8 @@ class FDFOModule(LightningModule):
             return
         self.flow.load()
         self.flow.latent_shape(self.sampling.height, self.sampling.width)
+        # Eval mode is meant: rollout and training must see the same velocities.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         if self.lora is not None:
             bound = self.flow.add_lora(self.lora, self.seed)
             rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
@@ -274,13 +277,10 @@ class FDFOModule(LightningModule):
         self._log_epoch({"train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}, 1)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
-        """Notes when training ended, before a validation may begin."""
-        self._training_ended = time.perf_counter()
-
-    def on_train_epoch_end(self) -> None:
-        """Logs the speed of training."""
-        points = self.plan.num_pairs * self.plan.points_per_pair
-        self._log_epoch({"train/points_per_second": points / (self._training_ended - self._training_started)}, 1)
+        """Logs the speed of training, after an epoch's last batch."""
+        if self.trainer.is_last_batch:
+            points = self.plan.num_pairs * self.plan.points_per_pair
+            self._log_epoch({"train/points_per_second": points / (time.perf_counter() - self._training_started)}, 1)
 
     def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
         """Logs means over an epoch and over devices."""

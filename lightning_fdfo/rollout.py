@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.data import Prompt
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.objective import Normalization, direction, half_differences
 from lightning_fdfo.randomness import Stream, generator, prompt_rows, stack_normal
@@ -39,6 +40,9 @@ class Sampling:
         initial_churn: the same for the initial latents; None takes `churn`.
         guidance_scale: 1 is without guidance, as in the paper.
         rollout_batch_size: pairs a forward, on each device; sets memory only.
+
+    Raises:
+        ConfigurationError: a count or size below 1, or a negative churn.
     """
 
     num_steps: int = 40
@@ -48,6 +52,13 @@ class Sampling:
     initial_churn: float | None = None
     guidance_scale: float = 1.0
     rollout_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "height", "width", "rollout_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"sampling.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.churn < 0 or (self.initial_churn or 0) < 0:
+            raise ConfigurationError(f"sampling.churn: expected >= 0, got {self.churn} (initial {self.initial_churn})")
 
 
 class Rollout(NamedTuple):

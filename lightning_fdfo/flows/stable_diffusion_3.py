@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning, FlowModel
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve_pretrained(pretrained: str) -> str:
@@ -87,7 +90,7 @@ class StableDiffusion3(FlowModel):
         """Raises ConfigurationError if the folder is not a pipeline of this class; a hub name is not asked for."""
         folder = Path(self.pretrained)
         if not folder.is_dir():
-            if len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] not in {".", ".."}:
+            if HUB_NAME.fullmatch(self.pretrained):
                 return
             raise ConfigurationError(
                 f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
@@ -102,7 +105,7 @@ class StableDiffusion3(FlowModel):
         self.check()
         absent = self._absent_parts()
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.pretrained, torch_dtype=self.dtype, revision=self.revision, **absent
+            self.pretrained, dtype=self.dtype, revision=self.revision, **absent
         )
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer"):
             module = getattr(pipeline, name)

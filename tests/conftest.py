@@ -1,0 +1,135 @@
+"""What several tests share: a flow model of a few numbers, and a trainer that runs it in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
+from lightning_fdfo.checkpoint import AtomicCheckpointIO
+from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.reward import RewardTerm
+from lightning_fdfo.schedules import uniform_sigmas
+
+
+class ToyTransformer(nn.Module, PeftAdapterMixin):
+    """A velocity that is a small network of latents, sigma and conditioning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second = nn.Linear(12 + 1 + 2, 32), nn.Linear(32, 12)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+
+    def forward(self, latents: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
+        features = torch.cat([latents.flatten(1), sigma.expand(len(latents), 1), embeds], dim=1)
+        return latents + self.second(torch.tanh(self.first(features))).view_as(latents)
+
+
+class ToyFlow(FlowModel):
+    """Latents are images of 2 x 2 pixels; a prompt's conditioning is its length and its first letter."""
+
+    lora_targets = ("first", "second")
+
+    def check(self) -> None: ...
+
+    def load(self) -> None:
+        self.transformer = ToyTransformer().requires_grad_(False).eval()
+
+    def to_device(self, device: torch.device) -> None: ...
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Conditioning:
+        return Conditioning({"embeds": torch.tensor([[len(p) / 10, ord(p[0]) / 100] for p in prompts])})
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        return (3, 2, 2)
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        return uniform_sigmas(num_steps)
+
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        sigma = sigma.reshape(-1, 1).expand(len(latents), 1)
+        return self.transformer(latents, sigma, conditioning.tensors["embeds"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.sigmoid()
+
+    def save_lora(self, folder: Path) -> None: ...
+
+
+def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:
+    """A reward with a gradient that everybody knows."""
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\nthe dog\nsome bird\none fish\nfive trees\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def toy_module() -> Callable[..., FDFOModule]:
+    """Builds a module on the toy flow; keyword arguments replace the defaults."""
+
+    def build(**options: Any) -> FDFOModule:
+        settings: dict[str, Any] = {
+            "flow": ToyFlow(),
+            "rewards": {"brightness": RewardTerm(brightness)},
+            "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=8),
+            "num_pairs": 16,
+            "updates_per_epoch": 2,
+            "batch_size": 32,
+            "objective": Objective(normalization="root_mean_square"),
+            "lora": LoRA(rank=2, alpha=4),
+            "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        }
+        return FDFOModule(**(settings | options))
+
+    return build
+
+
+@pytest.fixture
+def fit(tmp_path: Path, prompts_file: Path) -> Callable[..., Trainer]:
+    """Trains a module for some epochs and returns the trainer."""
+
+    def run(module: FDFOModule, epochs: int, ckpt_path: str | None = None, **options: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "devices": 1,
+            "gradient_clip_val": 1.0,
+            "default_root_dir": tmp_path,
+            "plugins": [AtomicCheckpointIO()],
+        }
+        val = options.pop("val", None)
+        trainer = Trainer(max_epochs=epochs, **(settings | options))
+        trainer.fit(module, PromptDataModule(str(prompts_file), val), ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+def trainable(module: FDFOModule) -> dict[str, Tensor]:
+    """A copy of what trains."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def weights() -> Callable[[FDFOModule], dict[str, Tensor]]:
+    return trainable

@@ -1,0 +1,199 @@
+"""The command as a user types it: in processes of its own, on the shipped model and a reward that costs nothing."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_fdfo import FDFOModule
+from lightning_fdfo.cli import main
+
+ROOT = Path(__file__).parent.parent
+configure_model = FDFOModule.configure_model
+SMALL = [
+    "--model.rewards={JPEGSize: 1.0}",
+    "--model.metrics=null",
+    "--model.sampling.num_steps=2",
+    "--model.num_pairs=4",
+    "--model.num_points_per_pair=null",
+    "--model.batch_size=8",
+    "--model.sampling.rollout_batch_size=1",
+    "--trainer.check_val_every_n_epoch=1000",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "lightning_fdfo", *arguments]
+
+
+def fit_arguments(folder, *more):
+    return ["fit", "--config", "configs/quickstart.yaml", f"--trainer.default_root_dir={folder}", *more]
+
+
+def run(*arguments, optimise=False, check=True):
+    line = command(*arguments)
+    if optimise:
+        line.insert(1, "-O")
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if check and result.returncode:
+        raise AssertionError(result.stdout[-2000:] + result.stderr[-4000:])
+    return result
+
+
+def every_epoch(folder):
+    """A checkpoint an epoch: the configuration's list of callbacks, with the first one changed."""
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    callbacks = config["trainer"]["callbacks"]
+    callbacks[0]["init_args"] |= {"every_n_epochs": 1}
+    overlay = folder / "every_epoch.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return ["--config", str(overlay)]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six epochs without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(*fit_arguments(folder / "run", *every_epoch(folder), *SMALL, "--trainer.max_epochs=6"))
+    return folder / "run"
+
+
+def test_a_run_leaves_its_record(whole):
+    record = yaml.safe_load((whole / "config.yaml").read_text())
+    assert record["seed_everything"] == 0
+    assert record["model"]["rewards"] == {"JPEGSize": 1.0}
+    assert record["trainer"]["logger"][0]["init_args"]["save_dir"] == str(whole)
+    assert (whole / "lora" / "pytorch_lora_weights.safetensors").stat().st_size > 0
+    assert list(whole.glob("events.out.tfevents.*"))
+    assert "reward/JPEGSize/mean" in (whole / "csv/version_0/metrics.csv").read_text()
+
+
+def test_kill_and_resume_is_no_stop_to_the_bit(whole, tmp_path):
+    """kill -9 in the middle of an epoch, then --ckpt_path last."""
+    arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run/checkpoints/epoch=1.ckpt").exists():
+            assert process.poll() is None, "ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+    run(*arguments, "--ckpt_path=last")
+    resumed, undisturbed = weights(tmp_path / "run"), weights(whole)
+    assert set(resumed) == set(undisturbed)
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert (tmp_path / "run/config-1.yaml").exists()
+
+
+def test_python_o_changes_nothing(whole, tmp_path):
+    arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
+    run(*arguments, optimise=True)
+    optimised = weights(tmp_path / "run")
+    assert all(torch.equal(value, optimised[name]) for name, value in weights(whole).items())
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
+    result = run(*fit_arguments(whole, *SMALL), check=False)
+    assert result.returncode == 2
+    assert "holds a run already: go on with it by --ckpt_path last" in result.stderr
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b'"7" in r\xf6d\n')
+    (tmp_path / "untold.txt").write_text('"427" in red\na red cat\n')
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.sampling.num_stepz=3", r"num_stepz"),
+        ("--model.sampling.guidance=3", r"guidance"),
+        ("--config={tmp}/typo.yaml", r"num_pears"),
+        ("--model.rewards={{OCRR: 1.0}}", r"unknown reward 'OCRR' \(did you mean 'OCR'\?\)"),
+        ("--data.train={tmp}/missing.txt", r"missing\.txt cannot be read: No such file"),
+        ("--data.train={tmp}/empty.txt", r"empty\.txt is empty"),
+        ("--data.train={tmp}/latin.txt", r"latin\.txt:1: not UTF-8"),
+        ("--data.train={tmp}/untold.txt", r"untold\.txt:2: OCR needs"),
+        ("--model.num_pairs=47", r"batch_size=192 must divide the 188 points"),
+        ("--model.flow.init_args.pretrained={tmp}/folder", r"is no diffusers pipeline"),
+        ("--model.flow.init_args.pretrained=tiny-digit", r"'tiny-digit', which is none of these"),
+        ("--model.lora.targets=[attn.to_w]", r"'attn.to_w' matches no linear layer"),
+        ("--model.sampling.churn=-1", r"churn"),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, message):
+    """In this process, because fourteen starts take minutes; the next test starts one for real."""
+    loaded = []
+    monkeypatch.setattr(FDFOModule, "configure_model", lambda self: loaded.append(configure_model(self)))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["lightning-fdfo"])
+    (files / "typo.yaml").write_text("model: {num_pears: 3}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(fit_arguments(files / "run", "--trainer.enable_progress_bar=false", option.format(tmp=files)))
+    assert stop.value.code == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, error), error
+    assert not loaded
+    assert not (files / "run" / "config.yaml").exists()
+
+
+def test_a_mistake_on_two_devices_is_told_once(tmp_path):
+    result = run(*fit_arguments(tmp_path, "--trainer.devices=2", "--model.num_pairs=47"), check=False)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert result.stderr.count("error: num_pairs=47 does not divide over 2 devices; nearest: 46 or 48") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {num_pairs: 96, batch_size: 96}\ntrainer: {default_root_dir: from/overlay}\n")
+    result = run(
+        "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--model.rewards.OCR", "0.3",
+        "--print_config",
+    )  # fmt: skip
+    config = yaml.safe_load(result.stdout)
+    assert config["model"]["num_pairs"] == 96
+    assert config["model"]["rewards"] == {"OCR": 0.3}
+    assert config["trainer"]["default_root_dir"] == "from/overlay"
+    text = result.stdout
+    assert "runs/quickstart" not in text
+
+
+def test_rewards_are_listed():
+    environment = os.environ | {"COLUMNS": "200"}
+    result = subprocess.run(command("rewards"), cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0
+    for word in ("OCR", "JPEGSize", "lightning-fdfo-rewards", "0.1.0", 'metadata "text"'):
+        assert word in result.stdout
+    assert run("rewards", "--all", check=False).returncode == 2
+
+
+def test_validate_alone(tmp_path):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text('"427" in red\n"12" in blue\n')
+    result = run(
+        "validate", "--config", "configs/quickstart.yaml", f"--data.val={prompts}",
+        f"--trainer.default_root_dir={tmp_path}/run", *SMALL,
+    )  # fmt: skip
+    assert "val/JPEGSize" in result.stdout

@@ -1,0 +1,197 @@
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.reward import RewardTerm
+from tests.conftest import ToyFlow, brightness
+
+
+class Recorder(Callback):
+    """Keeps each epoch's metrics."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    def mean_reward(self, last):
+        return sum(epoch["reward/mean"] for epoch in self.epochs[-last:]) / last
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=2, alpha=4), None], ids=["lora", "full"])
+def test_the_reward_rises_and_falls_when_its_sign_is_flipped(toy_module, fit, lora):
+    """40 epochs, seed 0: brightness leaves its start of about 0.5 by at least 0.1, in the direction asked for."""
+    for weight, sign in ((1.0, 1), (-1.0, -1)):
+        recorder = Recorder()
+        fit(toy_module(rewards={"brightness": RewardTerm(brightness, weight)}, lora=lora), 40, callbacks=[recorder])
+        start, end = recorder.epochs[0]["reward/brightness/mean"], recorder.epochs[-1]["reward/brightness/mean"]
+        assert sign * (end - start) > 0.1, (start, end)
+        assert recorder.mean_reward(5) > recorder.epochs[0]["reward/mean"] + 0.1
+
+
+def test_what_is_logged(toy_module, fit):
+    recorder = Recorder()
+    rewards = {"brightness": RewardTerm(brightness), "flat": RewardTerm(lambda images, *_: torch.ones(len(images)), 0.5)}
+    fit(toy_module(rewards=rewards), 2, callbacks=[recorder])
+    first = recorder.epochs[0]
+    assert set(first) == {
+        "reward/mean", "reward/std", "reward/difference", "reward/ties",
+        "reward/brightness/mean", "reward/brightness/std", "reward/flat/mean", "reward/flat/std",
+        "rollout/pair_distance", "rollout/images_per_second",
+        "train/loss", "train/ratio", "train/clip_fraction", "train/grad_norm", "train/learning_rate",
+        "train/points_per_second",
+    }  # fmt: skip
+    assert first["reward/flat/mean"] == 1
+    assert first["reward/flat/std"] == 0
+    assert first["reward/mean"] == pytest.approx(first["reward/brightness/mean"] + 0.5)
+    assert first["reward/std"] == pytest.approx(first["reward/brightness/std"], rel=1e-4)
+    assert first["reward/ties"] == 0
+    assert first["train/learning_rate"] == pytest.approx(1e-2)
+    assert first["train/points_per_second"] > 0
+
+
+def test_ties_are_counted_and_teach_nothing(toy_module, fit, weights):
+    recorder, module = Recorder(), toy_module(
+        rewards={"flat": RewardTerm(lambda images, *_: torch.zeros(len(images)))},
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+    )
+    fit(module, 1, callbacks=[recorder])
+    assert recorder.epochs[0]["reward/ties"] == 1
+    assert all(bool((value == 0).all()) for name, value in weights(module).items() if "lora_B" in name)
+
+
+def test_the_plan_is_lightnings_accumulation(toy_module, fit, capsys):
+    module = toy_module(batch_size=16)
+    trainer = fit(module, 3)
+    assert trainer.accumulate_grad_batches == 4
+    assert trainer.global_step == 3 * 2
+    with pytest.raises(ConfigurationError, match="accumulate_grad_batches=3: leave it out"):
+        fit(toy_module(), 1, accumulate_grad_batches=3)
+
+
+@pytest.mark.parametrize(("batch_size", "rollout_batch_size"), [(16, 8), (64, 3), (8, 16)])
+def test_batch_sizes_only_set_memory(toy_module, fit, weights, batch_size, rollout_batch_size):
+    results = []
+    for options in (
+        {},
+        {
+            "batch_size": batch_size,
+            "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=rollout_batch_size),
+        },
+    ):
+        module = toy_module(**options)
+        fit(module, 3)
+        results.append(weights(module))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_repeat_and_seeds_differ(toy_module, fit, weights):
+    results = []
+    for seed in (0, 0, 1):
+        module = toy_module(seed=seed)
+        torch.manual_seed(torch.randint(1000, ()).item())
+        fit(module, 2)
+        results.append(weights(module))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def checkpoints(folder):
+    return ModelCheckpoint(
+        dirpath=folder, filename="{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True, save_top_k=-1
+    )
+
+
+def test_stop_and_resume_is_no_stop_to_the_bit(toy_module, fit, weights, tmp_path):
+    """20 epochs, and 10 + 10: the same weights and optimiser, also with a scheduler and accumulation."""
+    options = {
+        "batch_size": 16,
+        "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40),
+    }
+    whole = toy_module(**options)
+    trainer_a = fit(whole, 20)
+    stopped = toy_module(**options)
+    fit(stopped, 10, enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")])
+    resumed = toy_module(**options)
+    trainer_b = fit(
+        resumed, 20, ckpt_path="last", enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")]
+    )
+    assert trainer_b.global_step == trainer_a.global_step == 40
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    states = [trainer.optimizers[0].state_dict()["state"] for trainer in (trainer_a, trainer_b)]
+    assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+
+
+def test_a_checkpoint_holds_what_trains_and_is_strict(toy_module, fit, tmp_path):
+    module = toy_module()
+    fit(module, 1, enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")])
+    saved = torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {name for name, p in module.named_parameters() if p.requires_grad}
+    other_rank = toy_module(lora=LoRA(rank=3, alpha=4))
+    with pytest.raises(ConfigurationError, match=r"4 weights differ in name or shape, first flow\.transformer"):
+        fit(other_rank, 2, ckpt_path=str(tmp_path / "c" / "last.ckpt"))
+
+
+def test_the_kl_term_is_measured_from_the_base_and_holds_the_velocity(toy_module, fit):
+    ends = []
+    for kl_weight in (1e-6, 1.0):
+        recorder = Recorder()
+        objective = Objective(normalization="root_mean_square", kl_weight=kl_weight)
+        sgd = lambda parameters: torch.optim.SGD(parameters, lr=1.0)  # noqa: E731
+        fit(toy_module(objective=objective, optimizer=sgd), 15, callbacks=[recorder])
+        assert recorder.epochs[0]["train/divergence"] < recorder.epochs[-1]["train/divergence"]
+        ends.append(recorder.epochs[-1]["train/divergence"])
+    assert ends[1] < ends[0] / 2
+
+
+def test_validation_scores_rewards_and_metrics(toy_module, fit, tmp_path):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("x\ny\nz\n")
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            seen.append(outputs)
+
+    trainer = fit(
+        toy_module(metrics={"half": {"reward": lambda images, *_: torch.full((len(images),), 0.5)}}),
+        2, val=str(prompts), callbacks=[Watch()], num_sanity_val_steps=-1,
+    )  # fmt: skip
+    assert trainer.callback_metrics["val/half"] == 0.5
+    assert trainer.callback_metrics["val/reward"] == trainer.callback_metrics["val/brightness"]
+    assert [output["prompts"] for output in seen] == [["x", "y", "z"]] * 3
+    assert seen[0]["images"].shape == (3, 3, 2, 2)
+    assert not torch.equal(seen[0]["images"], seen[2]["images"])
+
+
+def test_prompts_are_checked_with_file_and_line_before_the_model_loads(toy_module, fit, prompts_file):
+    flow = ToyFlow()
+    with pytest.raises(ConfigurationError, match=r"prompts\.txt:1: OCR needs"):
+        fit(toy_module(flow=flow, rewards={"OCR": 1.0}), 1)
+    assert not hasattr(flow, "transformer")
+
+
+def test_pairs_that_do_not_divide_are_refused_before_the_model_loads(toy_module, fit):
+    flow = ToyFlow()
+    with pytest.raises(ConfigurationError, match="batch_size=7 must divide"):
+        fit(toy_module(flow=flow, batch_size=7), 1)
+    assert not hasattr(flow, "transformer")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": Objective(clip_range=0.0)}, "clip_range > 0"),
+        ({"objective": Objective(kl_weight=-1.0)}, "kl_weight >= 0"),
+        ({"objective": Objective(kl_weight=1.0), "lora": None}, "kl_weight needs the base model"),
+        ({"seed": -1}, "seed: expected >= 0"),
+    ],
+)
+def test_settings_that_cannot_work(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        FDFOModule(ToyFlow(), {"brightness": RewardTerm(brightness)}, **options)
