@@ -1,4 +1,4 @@
-"""Callbacks: pictures before and after, the reward's curve, and the LoRA as a file. They write into the run's folder."""
+"""Callbacks that write into the run's folder: pictures before and after, the reward's curve, the LoRA as a file."""
 
 from __future__ import annotations
 
@@ -153,7 +153,10 @@ class RewardCurve(Callback):
         """Draws."""
         figure = Figure(figsize=(6, 3.5), layout="constrained")
         axes = figure.subplots()
-        for points, style, label in ((self.rollouts, "-", "rollouts"), (self.validations, "o-", "validation, no churn")):
+        for points, style, label in (
+            (self.rollouts, "-", "rollouts"),
+            (self.validations, "o-", "validation, no churn"),
+        ):
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         axes.set(xlabel="epoch", ylabel="mean reward")

@@ -1,8 +1,8 @@
 """The command `lightning-fdfo`: LightningCLI with FDFOModule and PromptDataModule, and the list of rewards.
 
-    lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
-    lightning-fdfo validate --config … [--ckpt_path …]
-    lightning-fdfo rewards
+lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
+lightning-fdfo validate --config … [--ckpt_path …]
+lightning-fdfo rewards
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _fail(message: str) -> NoReturn:
     """One line on standard error, from the first process only, and exit code 2."""
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", None) in (None, 0):
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,4 +1,4 @@
-"""Prompts: one a line (.txt), or one JSON object a line (.jsonl).
+r"""Prompts: one a line (.txt), or one JSON object a line (.jsonl).
 
     {"prompt": "\\"427\\" in red", "negative_prompt": "blurry", "text": "427"}
 
@@ -8,7 +8,7 @@ Of an object, `prompt` and `negative_prompt` are the model's; everything else is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,9 +77,9 @@ def _parse_json(line: str, source: str) -> Prompt:
 
 
 class IndexedPrompt(NamedTuple):
-    """A validation prompt; its latents are a function of the index."""
+    """A validation prompt and its place in the file; its latents are a function of the place."""
 
-    index: int
+    place: int
     prompt: Prompt
 
 
@@ -125,5 +125,5 @@ class PromptDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Batches of `IndexedPrompt`s, in the file's order."""
-        rows = [IndexedPrompt(index, prompt) for index, prompt in enumerate(self.val_prompts)]
+        rows = [IndexedPrompt(place, prompt) for place, prompt in enumerate(self.val_prompts)]
         return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=list)  # type: ignore[arg-type]

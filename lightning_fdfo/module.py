@@ -85,7 +85,7 @@ class FDFOModule(LightningModule):
         updates_per_epoch: int = 4,
         num_points_per_pair: int | None = None,
         batch_size: int = 8,
-        objective: Objective = Objective(),  # noqa: B008 - frozen
+        objective: Objective = Objective(),
         lora: LoRA | None = LoRA(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -113,7 +113,9 @@ class FDFOModule(LightningModule):
         if objective.clip_range <= 0 or objective.kl_weight < 0:
             raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
         if objective.kl_weight and lora is None:
-            raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0")
+            raise ConfigurationError(
+                "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
+            )
         if seed < 0:
             raise ConfigurationError(f"seed: expected >= 0, got {seed}")
 
@@ -124,12 +126,12 @@ class FDFOModule(LightningModule):
         self.flow.check()
         if stage == "fit":
             plan = self.plan
-            given = self.trainer.accumulate_grad_batches
-            if given not in (1, plan.batches_per_update):
+            given, derived = self.trainer.accumulate_grad_batches, plan.batches_per_update
+            if given not in (1, derived):
                 raise ConfigurationError(
-                    f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {plan.batches_per_update})"
+                    f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {derived})"
                 )
-            self.trainer.accumulate_grad_batches = plan.batches_per_update
+            self.trainer.accumulate_grad_batches = derived
             rank_zero_info(str(plan))
 
     @property
@@ -234,7 +236,7 @@ class FDFOModule(LightningModule):
 
     def _track(self, chunks: Sequence[range]) -> Iterator[range]:
         bar = self.trainer.progress_bar_callback
-        hidden = bar is None or not bar.is_enabled or not self.trainer.is_global_zero
+        hidden = not getattr(bar, "is_enabled", False) or not self.trainer.is_global_zero
         yield from tqdm(chunks, desc="Rollout", unit="chunk", leave=False, disable=hidden, dynamic_ncols=True)
 
     # Training
@@ -251,7 +253,10 @@ class FDFOModule(LightningModule):
             velocity, batch.old_velocity, batch.direction, batch.reward_difference, self.objective.clip_range
         )
         mean_loss = loss.mean()
-        logged = {"ratio": ratio.mean(), "clip_fraction": ((ratio - 1).abs() > self.objective.clip_range).float().mean()}
+        logged = {
+            "ratio": ratio.mean(),
+            "clip_fraction": ((ratio - 1).abs() > self.objective.clip_range).float().mean(),
+        }
         if self.objective.kl_weight:
             divergence = velocity_divergence(velocity, self._base_velocity(batch)).mean()
             mean_loss = mean_loss + self.objective.kl_weight * divergence
@@ -298,7 +303,7 @@ class FDFOModule(LightningModule):
         """
         prompts = [row.prompt for row in batch]
         images = paint(
-            self.flow, prompts, [row.index for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
+            self.flow, prompts, [row.place for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
         )
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         total, terms = self.rewards(images, texts, metadata)

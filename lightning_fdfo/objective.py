@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 Normalization = Literal["mean_square", "root_mean_square"]
@@ -47,13 +46,11 @@ def half_differences(values: Tensor) -> Tensor:
     """
     if values.shape[0] % 2:
         raise ValueError(f"expected rows 2i and 2i+1 of pair i, an even number, got {values.shape[0]} rows")
-    pairs = values.unflatten(0, (-1, 2))
-    return ((pairs - pairs.flip(1)) / 2).flatten(0, 1)
+    pairs = values.reshape(-1, 2, *values.shape[1:])
+    return ((pairs - pairs.flip(1)) / 2).reshape(values.shape)
 
 
-def direction(
-    endpoint_difference: Tensor, normalization: Normalization = "mean_square", eps: float = 1e-6
-) -> Tensor:
+def direction(endpoint_difference: Tensor, normalization: Normalization = "mean_square", eps: float = 1e-6) -> Tensor:
     """The direction from a pair's middle to each of its images, scaled.
 
         mean_square:       d / (mean(d^2) + eps)

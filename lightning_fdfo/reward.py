@@ -248,4 +248,6 @@ def _unknown(name: str) -> str:
     names = sorted(available_rewards())
     near = difflib.get_close_matches(name, names, n=1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown reward {name!r}{guess}; installed: {', '.join(names) or 'none: pip install lightning-fdfo-rewards'}"
+    return (
+        f"unknown reward {name!r}{guess}; installed: {', '.join(names) or 'none: pip install lightning-fdfo-rewards'}"
+    )

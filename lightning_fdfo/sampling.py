@@ -9,6 +9,7 @@ Everything here is a pure function: noise comes in, nothing is drawn. Shapes: P 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,7 +119,7 @@ def sample(velocity_fn: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
     """
     check_sigmas(sigmas)
     latents = latents.float()
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         latents = latents + (sigma_next - sigma) * velocity_fn(latents, sigma).float()
     return latents
 

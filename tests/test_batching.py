@@ -25,7 +25,10 @@ def test_totals_do_not_depend_on_the_number_of_devices(world_size, accumulation)
     ("change", "message"),
     [
         ({"world_size": 7}, "num_pairs=432 does not divide over 7 devices; nearest: 427 or 434"),
-        ({"batch_size": 50}, "batch_size=50 must divide the 1080 points of an update on each device; nearest: 45 or 54"),
+        (
+            {"batch_size": 50},
+            "batch_size=50 must divide the 1080 points of an update on each device; nearest: 45 or 54",
+        ),
         ({"updates_per_epoch": 3}, "updates_per_epoch=3 must divide the 80 points of a pair; nearest: 2 or 4"),
         ({"num_points_per_pair": 7}, "num_points_per_pair=7 must divide a pair's 80 points .* nearest: 5 or 8"),
         ({"num_points_per_pair": 160}, "num_points_per_pair=160 must divide .* nearest: 80"),

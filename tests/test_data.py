@@ -17,7 +17,9 @@ def test_text_is_a_prompt_a_line(tmp_path):
 
 
 def test_json_lines_carry_metadata(tmp_path):
-    (prompt,) = read_prompts(write(tmp_path, "p.jsonl", '{"prompt": "a", "negative_prompt": "b", "text": "7", "n": 1}\n'))
+    (prompt,) = read_prompts(
+        write(tmp_path, "p.jsonl", '{"prompt": "a", "negative_prompt": "b", "text": "7", "n": 1}\n')
+    )
     assert (prompt.text, prompt.negative, prompt.metadata) == ("a", "b", {"text": "7", "n": 1})
 
 
@@ -31,7 +33,11 @@ def test_json_lines_carry_metadata(tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", '{"text": "a"}', r'p\.jsonl:1: expected an object with a "prompt" string'),
         ("p.jsonl", '["a"]', r"p\.jsonl:1: expected an object"),
-        ("p.jsonl", '{"prompt": "a", "negative_prompt": 3}', r"p\.jsonl:1: expected \"negative_prompt\" to be a string"),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "negative_prompt": 3}',
+            r"p\.jsonl:1: expected \"negative_prompt\" to be a string",
+        ),
         ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: not JSON"),
     ],
 )

@@ -35,7 +35,10 @@ def test_the_reward_rises_and_falls_when_its_sign_is_flipped(toy_module, fit, lo
 
 def test_what_is_logged(toy_module, fit):
     recorder = Recorder()
-    rewards = {"brightness": RewardTerm(brightness), "flat": RewardTerm(lambda images, *_: torch.ones(len(images)), 0.5)}
+    rewards = {
+        "brightness": RewardTerm(brightness),
+        "flat": RewardTerm(lambda images, *_: torch.ones(len(images)), 0.5),
+    }
     fit(toy_module(rewards=rewards), 2, callbacks=[recorder])
     first = recorder.epochs[0]
     assert set(first) == {
@@ -55,9 +58,12 @@ def test_what_is_logged(toy_module, fit):
 
 
 def test_ties_are_counted_and_teach_nothing(toy_module, fit, weights):
-    recorder, module = Recorder(), toy_module(
-        rewards={"flat": RewardTerm(lambda images, *_: torch.zeros(len(images)))},
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+    recorder, module = (
+        Recorder(),
+        toy_module(
+            rewards={"flat": RewardTerm(lambda images, *_: torch.zeros(len(images)))},
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        ),
     )
     fit(module, 1, callbacks=[recorder])
     assert recorder.epochs[0]["reward/ties"] == 1
@@ -103,7 +109,12 @@ def test_runs_repeat_and_seeds_differ(toy_module, fit, weights):
 
 def checkpoints(folder):
     return ModelCheckpoint(
-        dirpath=folder, filename="{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True, save_top_k=-1
+        dirpath=folder,
+        filename="{epoch}",
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        save_last=True,
+        save_top_k=-1,
     )
 
 
@@ -118,9 +129,7 @@ def test_stop_and_resume_is_no_stop_to_the_bit(toy_module, fit, weights, tmp_pat
     stopped = toy_module(**options)
     fit(stopped, 10, enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")])
     resumed = toy_module(**options)
-    trainer_b = fit(
-        resumed, 20, ckpt_path="last", enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")]
-    )
+    trainer_b = fit(resumed, 20, ckpt_path="last", enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")])
     assert trainer_b.global_step == trainer_a.global_step == 40
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
     states = [trainer.optimizers[0].state_dict()["state"] for trainer in (trainer_a, trainer_b)]

@@ -27,9 +27,7 @@ def test_offsets_change_nothing():
 def test_direction_normalizations():
     difference = torch.randn(4, 2, 3)
     torch.testing.assert_close(direction(difference, "root_mean_square", eps=0).pow(2).mean((1, 2)), torch.ones(4))
-    torch.testing.assert_close(
-        (direction(difference, "mean_square", eps=0) * difference).mean((1, 2)), torch.ones(4)
-    )
+    torch.testing.assert_close((direction(difference, "mean_square", eps=0) * difference).mean((1, 2)), torch.ones(4))
     assert torch.equal(direction(torch.zeros(2, 3)), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="'max'"):
         direction(difference, "max")

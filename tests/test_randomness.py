@@ -12,7 +12,12 @@ def test_numbers_depend_on_stream_seed_epoch_and_index_alone():
     first = draw(Stream.LATENTS, 1, 2, 3)
     torch.manual_seed(6)
     assert torch.equal(draw(Stream.LATENTS, 1, 2, 3), first)
-    for other in [(Stream.POINTS, 1, 2, 3), (Stream.LATENTS, 0, 2, 3), (Stream.LATENTS, 1, 3, 2), (Stream.LATENTS, 1, 2, 4)]:
+    for other in [
+        (Stream.POINTS, 1, 2, 3),
+        (Stream.LATENTS, 0, 2, 3),
+        (Stream.LATENTS, 1, 3, 2),
+        (Stream.LATENTS, 1, 2, 4),
+    ]:
         assert not torch.equal(draw(*other), first)
 
 

@@ -66,7 +66,9 @@ def test_the_same_entry_twice_on_the_path_is_one(plugins):
 
 def test_unknown_names_get_a_guess(plugins):
     plugins(plugin("Constant", "m:A", "one"))
-    with pytest.raises(ConfigurationError, match=r"unknown reward 'Konstant' \(did you mean 'Constant'\?\); installed: Constant"):
+    with pytest.raises(
+        ConfigurationError, match=r"unknown reward 'Konstant' \(did you mean 'Constant'\?\); installed: Constant"
+    ):
         load_reward("Konstant")
     plugins()
     with pytest.raises(ConfigurationError, match="installed: none: pip install lightning-fdfo-rewards"):
@@ -75,7 +77,7 @@ def test_unknown_names_get_a_guess(plugins):
 
 def test_a_plugin_that_fails_to_import_is_named(plugins):
     plugins(plugin("Broken", "no_such_module_here:A", "broken-rewards"))
-    with pytest.raises(ConfigurationError, match="'Broken' of broken-rewards cannot be imported.*no_such_module_here"):
+    with pytest.raises(ConfigurationError, match=r"'Broken' of broken-rewards cannot be imported.*no_such_module_here"):
         load_reward("Broken")
 
 
@@ -88,11 +90,13 @@ def test_dotted_paths_need_no_packaging():
 
 
 def test_the_total_is_the_weighted_sum_and_weight_zero_only_watches():
-    mix = RewardMix({
-        "a": {"reward": {"class_path": HERE, "init_args": {"value": 2.0}}, "weight": 0.5},
-        "b": {"reward": HERE, "weight": 3},
-        "watched": {"reward": {"class_path": HERE, "init_args": {"value": 100.0}}, "weight": 0},
-    })
+    mix = RewardMix(
+        {
+            "a": {"reward": {"class_path": HERE, "init_args": {"value": 2.0}}, "weight": 0.5},
+            "b": {"reward": HERE, "weight": 3},
+            "watched": {"reward": {"class_path": HERE, "init_args": {"value": 100.0}}, "weight": 0},
+        }
+    )
     scores = mix(IMAGES, *ROWS)
     assert torch.equal(scores.total, torch.full((4,), 0.5 * 2 + 3 * 1))
     assert {name: term[0].item() for name, term in scores.terms.items()} == {"a": 2, "b": 1, "watched": 100}

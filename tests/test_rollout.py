@@ -24,7 +24,11 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
 
 def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
     plan = BatchPlan.derive(
-        num_pairs=8, updates_per_epoch=2, num_steps=6, num_points_per_pair=num_points, batch_size=4,
+        num_pairs=8,
+        updates_per_epoch=2,
+        num_steps=6,
+        num_points_per_pair=num_points,
+        batch_size=4,
         world_size=world_size,
     )
 
@@ -91,7 +95,9 @@ def test_batches_hold_what_the_rollout_saw():
     ends = rollout.trajectories.latents[:, -1]
     directions, differences = direction(half_differences(ends)), half_differences(rollout.scores.total)
     pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(differences, directions, strict=True)}
-    seen = [(d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)]
+    seen = [
+        (d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)
+    ]
     assert set(seen) == pairs
     assert all(seen.count(one) == 6 for one in pairs)
 
@@ -109,13 +115,15 @@ def test_two_devices_make_the_pairs_of_one():
     list(make_loader(calls=alone, chunk_size=8))
     for rank in range(2):
         list(make_loader(rank=rank, world_size=2, calls=shared, chunk_size=8))
-    assert [sum((texts for texts, _ in shared), []), sum((pairs for _, pairs in shared), [])] == list(alone[0])
+    assert ([t for texts, _ in shared for t in texts], [p for _, pairs in shared for p in pairs]) == alone[0]
 
 
 def test_validation_images_are_fixed_and_without_churn():
     flow = ToyFlow()
     flow.load()
     images = paint(flow, PROMPTS, [0, 1, 2], seed=0, sampling=SAMPLING, device=CPU)
-    again = paint(flow, PROMPTS[2:], [2], seed=0, sampling=Sampling(num_steps=6, height=2, width=2, churn=9), device=CPU)
+    again = paint(
+        flow, PROMPTS[2:], [2], seed=0, sampling=Sampling(num_steps=6, height=2, width=2, churn=9), device=CPU
+    )
     torch.testing.assert_close(images[2:], again)
     assert images.shape == (3, 3, 2, 2)

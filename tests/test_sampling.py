@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -46,9 +47,7 @@ def test_the_last_step_has_no_churn(churn):
 
 def test_settings_can_differ_by_row():
     x, v, noise = torch.randn(3, 2, 3)
-    together = churn_step(
-        x, v, torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1]), torch.tensor([0.0, 0.3]), noise
-    )
+    together = churn_step(x, v, torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1]), torch.tensor([0.0, 0.3]), noise)
     torch.testing.assert_close(together[:1], churn_step(x[:1], v[:1], 0.9, 0.5, 0.0, noise[:1]))
     torch.testing.assert_close(together[1:], churn_step(x[1:], v[1:], 0.5, 0.1, 0.3, noise[1:]))
 
@@ -69,7 +68,7 @@ def test_euler_converges_at_order_one():
     for num_steps in (16, 32, 64, 128):
         end = sample(gaussian_velocity, start, uniform_sigmas(num_steps))
         errors.append((end - (MEAN + DEVIATION * start)).abs().max().item())
-    orders = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[-1] == pytest.approx(1.0, abs=0.1), orders
 
 
@@ -80,7 +79,9 @@ def test_branches_of_a_pair_are_neighbours_and_share_their_start():
     assert velocities.shape == (6, 4, 2)
     assert torch.equal(latents[0::2], latents[1::2])
     torch.testing.assert_close(latents[0::2, 0], start)
-    torch.testing.assert_close(latents[:, -1], sample(lambda x, s: -x, start, uniform_sigmas(4)).repeat_interleave(2, 0))
+    torch.testing.assert_close(
+        latents[:, -1], sample(lambda x, s: -x, start, uniform_sigmas(4)).repeat_interleave(2, 0)
+    )
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [2.0, 0.0]])

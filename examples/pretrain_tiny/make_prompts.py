@@ -1,6 +1,6 @@
 """Writes the prompt files of the quick start: training numbers, and numbers that 7 divides, which are held out.
 
-    python examples/pretrain_tiny/make_prompts.py configs/prompts
+python examples/pretrain_tiny/make_prompts.py configs/prompts
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Two stages, on two CPU cores: an AutoencoderKL on drawn pictures, then the transformer and both text encoders
 together by flow matching on its latents. Every stage is a function of the seed. The folder it writes is in
-diffusers' own format. What is left out: a T5 encoder, a learning-rate schedule (the average over the last steps, an EMA,
-does its work and lets `--steps` be chosen after a look), and any use of OCR: no reward is in the base model.
+diffusers' own format. What is left out: a T5 encoder, a decaying learning rate (an EMA of the weights does its work,
+and lets `--steps` be chosen after a look), and any use of OCR: no reward is in the base model.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from digits import HEIGHT, WIDTH, paint_many
+from digits import WIDTH, paint_many
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 MAX_TOKENS = 16
-T5_TOKENS = 0  # a pipeline without T5 pads the text with this many zero vectors; its default, 256, would cost 6 times as much
+T5_TOKENS = (
+    0  # a pipeline without T5 pads the text with this many zero vectors; its default, 256, would cost 6 times as much
+)
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -105,7 +107,7 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def train_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
-    """Mean square error and a little KL divergence, Adam with a cosine decay; then measures the latents' shift and scale."""
+    """Mean square error and a little KL divergence; then measures the latents' shift and scale."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -133,7 +135,9 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def flow_matching_loss(pipeline: StableDiffusion3Pipeline, latents: Tensor, prompts: list[str]) -> Tensor:
     """Mean square error of the velocity noise - x0 at logit-normal sigmas; a tenth of the prompts are left empty."""
-    kept = [prompt if keep else "" for prompt, keep in zip(prompts, (torch.rand(len(prompts)) > 0.1).tolist(), strict=True)]
+    kept = [
+        prompt if keep else "" for prompt, keep in zip(prompts, (torch.rand(len(prompts)) > 0.1).tolist(), strict=True)
+    ]
     embeds, _, pooled, _ = pipeline.encode_prompt(
         kept, kept, kept, do_classifier_free_guidance=False, max_sequence_length=T5_TOKENS
     )
@@ -173,7 +177,9 @@ def train_flow(
                 slow.lerp_(fast, 1 - min(0.998, step / (step + 10)))
         running += 0.01 * (loss.item() - running)
         if step % 100 == 0:
-            print(f"flow step {step}: loss {running:.4f}, {(time.perf_counter() - start) / step:.3f} s a step", flush=True)
+            print(
+                f"flow step {step}: loss {running:.4f}, {(time.perf_counter() - start) / step:.3f} s a step", flush=True
+            )
         if save_every and step % save_every == 0:
             save(pipeline, average, output / f"step-{step}")
     save(pipeline, average, output)

@@ -38,7 +38,8 @@ class StableDiffusion3(FlowModel):
     """Adapter for StableDiffusion3Pipeline.
 
     Args:
-        pretrained: a shipped model (`tiny-digits`), a folder, or a hub name (`stabilityai/stable-diffusion-3.5-medium`).
+        pretrained: a shipped model (`tiny-digits`), a folder, or a hub name like
+            `stabilityai/stable-diffusion-3.5-medium`.
         dtype: of the frozen weights; LoRA weights are always float32.
         max_sequence_length: T5 tokens of the pipeline, 0 to 512. A pipeline without T5 pads the text with this many
             zero vectors; 0 leaves them out, as `tiny-digits` was trained.

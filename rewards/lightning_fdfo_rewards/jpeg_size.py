@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from PIL import Image
+from torch import Tensor
+
 from lightning_fdfo import Reward
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import Metadata
-from PIL import Image
-from torch import Tensor
 
 
 class JPEGSize(Reward):

@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from lightning_fdfo import Reward
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import Metadata
-from torch import Tensor
 
 Score = Literal["likelihood", "edit_distance", "exact_match"]
 
@@ -85,10 +86,12 @@ class OCR(Reward):
         targets = [target_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
         columns = self._read_columns(images, [len(target) for target in targets])
         if self.score == "likelihood":
-            return torch.stack([
-                ctc_log_likelihood(probabilities, recogniser.encode(target)) / len(target)
-                for probabilities, target in zip(columns, targets, strict=True)
-            ])
+            return torch.stack(
+                [
+                    ctc_log_likelihood(probabilities, recogniser.encode(target)) / len(target)
+                    for probabilities, target in zip(columns, targets, strict=True)
+                ]
+            )
         read = [normalise(recogniser.decode(probabilities)) for probabilities in columns]
         compare = edit_similarity if self.score == "edit_distance" else exact_match
         return torch.tensor([compare(text, normalise(target)) for text, target in zip(read, targets, strict=True)])
@@ -164,7 +167,7 @@ def exact_match(read: str, target: str) -> float:
 
 
 def ctc_log_likelihood(probabilities: Tensor, target: Sequence[int]) -> Tensor:
-    """log p(target): the sum over all ways to write it into the columns, with blanks and repeats.
+    """Log p(target): the sum over all ways to write it into the columns, with blanks and repeats.
 
     Args:
         probabilities: [columns, characters], rows sum to 1, character 0 is the blank.
@@ -202,7 +205,9 @@ def as_line(image: Tensor, min_columns: int) -> Tensor:
     """
     _, height, width = image.shape
     new_width = max(1, round(LINE_HEIGHT * width / height))
-    resized = F.interpolate(image[None].float(), (LINE_HEIGHT, new_width), mode="bilinear", antialias=height > LINE_HEIGHT)
+    resized = F.interpolate(
+        image[None].float(), (LINE_HEIGHT, new_width), mode="bilinear", antialias=height > LINE_HEIGHT
+    )
     padded_width = COLUMN_WIDTH * max(-(-new_width // COLUMN_WIDTH), min_columns)
     padded = F.pad(resized, (0, padded_width - new_width, 0, 0), mode="replicate")
     return padded[0].flip(0) / 127.5 - 1
@@ -257,7 +262,7 @@ def load_recogniser() -> Recogniser:
 
 @cache
 def _indices() -> dict[str, int]:
-    """character -> index of the recogniser's alphabet."""
+    """Character -> index of the recogniser's alphabet."""
     return {character: index for index, character in enumerate(load_recogniser().characters) if index}
 
 

@@ -148,7 +148,13 @@ def our_images(flow, latents, guidance_scale=1.0, negatives=None, num_steps=5):
 
 def their_images(pipeline, latents, **options):
     images = pipeline(
-        PROMPTS, height=32, width=64, num_inference_steps=5, latents=latents, max_sequence_length=0, output_type="pt",
+        PROMPTS,
+        height=32,
+        width=64,
+        num_inference_steps=5,
+        latents=latents,
+        max_sequence_length=0,
+        output_type="pt",
         **options,
     ).images
     return images.float()

@@ -25,7 +25,9 @@ def picture(*words, height=32, width=64, size=20):
     """Words under each other, in red on white: float [3, H, W]."""
     image = Image.new("RGB", (width, height), "white")
     for line, word in enumerate(words):
-        ImageDraw.Draw(image).text((4, 4 + line * 2 * size), word, font=ImageFont.truetype(FONT, size), fill=(200, 30, 30))
+        ImageDraw.Draw(image).text(
+            (4, 4 + line * 2 * size), word, font=ImageFont.truetype(FONT, size), fill=(200, 30, 30)
+        )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
@@ -129,7 +131,9 @@ def test_targets(prompt, metadata, target):
     assert target_text(prompt, metadata) == target
 
 
-@pytest.mark.parametrize(("prompt", "metadata"), [("a cat", {}), ('""', {}), ('" ! "', {}), ('"7"', {"text": ""}), ('half "', {})])
+@pytest.mark.parametrize(
+    ("prompt", "metadata"), [("a cat", {}), ('""', {}), ('" ! "', {}), ('"7"', {"text": ""}), ('half "', {})]
+)
 def test_a_prompt_without_target_is_refused(prompt, metadata):
     with pytest.raises(ConfigurationError, match='metadata "text" or text in double quotes'):
         OCR().check(prompt, metadata)

@@ -1,0 +1,24 @@
+# make quickstart | test | lint: each makes .venv if there is none and installs the tested versions into it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: quickstart test lint
+
+quickstart: $(INSTALLED)
+	$(BIN)/lightning-fdfo fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml rewards/pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' --editable rewards
+	touch $(INSTALLED)
