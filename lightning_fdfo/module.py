@@ -245,6 +245,7 @@ class FDFOModule(LightningModule):
         """Logs the numbers of the epoch's rollout, which lies behind its first batch."""
         if batch_idx == 0:
             self._log_epoch(self._rollout_metrics, 1)
+            self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch."""
