@@ -30,7 +30,7 @@ checkpoints = ModelCheckpoint(
 trainer = Trainer(
     default_root_dir=folder, accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, num_sanity_val_steps=-1,
     check_val_every_n_epoch=20, log_every_n_steps=1, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
-    logger=[TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")],
+    logger=[TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)],
     callbacks=[checkpoints, BeforeAfter(), RewardCurve(), LoRAExport()],
 )  # fmt: skip
 trainer.fit(module, PromptDataModule("configs/prompts/digits_train.txt", "configs/prompts/digits_heldout.txt"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
 
 
@@ -49,8 +51,9 @@ def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Ima
 class BeforeAfter(Callback):
     """Judges the fixed validation prompts before and after training.
 
-    The first validation (before any step; set `num_sanity_val_steps: -1`) and the last one are compared: grids of their
-    first images go to `before.png` and `after.png`, all mean scores to `before_after.json`, and a table is printed.
+    The validation before any step (Lightning's sanity check; set `num_sanity_val_steps: -1`) and the last one of `fit`
+    are compared: grids of their first images go to `before.png` and `after.png`, all mean scores to
+    `before_after.json`, and a table is printed.
 
     Args:
         num_images: in a grid.
@@ -78,6 +81,14 @@ class BeforeAfter(Callback):
         self.before, self.after = state_dict["before"], state_dict["after"]
         self.after_epoch = state_dict["after_epoch"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ConfigurationError if the base model would be judged on a part of the prompts only."""
+        if stage == "fit" and trainer.num_sanity_val_steps not in (0, float("inf")):
+            raise ConfigurationError(
+                f"BeforeAfter: expected trainer.num_sanity_val_steps -1 (or 0, for no comparison), "
+                f"got {trainer.num_sanity_val_steps}"
+            )
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
         self._images, self._sums, self._count = [], {}, 0
@@ -93,25 +104,26 @@ class BeforeAfter(Callback):
             self._sums[name] = self._sums.get(name, 0.0) + scores.double().sum().item()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the grid; the first of a run is `before`, each later one `after`."""
+        """Writes the grid; the sanity check's is `before`, each later one `after`."""
+        if not _judges_a_fit(trainer):
+            return
         names = list(self._sums)
         local = torch.tensor([*self._sums.values(), float(self._count)], dtype=torch.float64, device=pl_module.device)
         *sums, count = trainer.strategy.reduce(local, reduce_op="sum").tolist()
         means = {name: value / count for name, value in zip(names, sums, strict=True)}
-        is_first = not self.before
-        if is_first:
+        if trainer.sanity_checking:
             self.before = means
         else:
             self.after, self.after_epoch = means, trainer.current_epoch + 1
         if trainer.is_global_zero:
             images = torch.cat(self._images)[: self.num_images]
-            path = run_folder(trainer) / ("before.png" if is_first else "after.png")
+            path = run_folder(trainer) / ("before.png" if trainer.sanity_checking else "after.png")
             image_grid(images, self.columns, self.zoom).save(path)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table and writes `before_after.json`."""
-        if not self.after:
+        if not (self.before and self.after):
             return
         table = Table("", "before", f"after epoch {self.after_epoch}", "change", title="Fixed validation prompts")
         for name, before in self.before.items():
@@ -141,6 +153,8 @@ class RewardCurve(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes a validation's mean reward."""
+        if not _judges_a_fit(trainer):
+            return
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
         self.validations.append((epoch, trainer.callback_metrics["val/reward"].item()))
 
@@ -161,7 +175,8 @@ class RewardCurve(Callback):
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
         axes.set(xlabel="epoch", ylabel="mean reward")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if self.rollouts or self.validations:
+            axes.legend()
         figure.savefig(run_folder(trainer) / "reward_curve.png", dpi=120)
 
 
@@ -176,9 +191,9 @@ class LoRAExport(Callback):
         self.subfolder = subfolder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises TypeError for a module without a LoRA."""
-        if not isinstance(pl_module, FDFOModule) or pl_module.lora is None:
-            raise TypeError("LoRAExport needs an FDFOModule that trains a LoRA; leave it out for full fine-tuning")
+        """Raises ConfigurationError for a module without a LoRA."""
+        if stage == "fit" and (not isinstance(pl_module, FDFOModule) or pl_module.lora is None):
+            raise ConfigurationError("LoRAExport needs a module that trains a LoRA: leave it out for full fine-tuning")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,6 +205,11 @@ class LoRAExport(Callback):
         for file in partial.iterdir():
             file.replace(folder / file.name)
         partial.rmdir()
+
+
+def _judges_a_fit(trainer: Trainer) -> bool:
+    """Whether a validation belongs to `fit`, and is not the sanity check of a resumed one."""
+    return trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking and trainer.global_step)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format and calls; a file is whole or not there.
+    """Lightning's own format and calls, on a local disk; a file is whole or not there.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -17,7 +17,7 @@ import transformers
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -29,6 +29,9 @@ from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.reward import available_rewards, load_reward_class
+
+CKPT_KEYWORDS = ("last", "best", "hpc")
+"""What Lightning takes for `--ckpt_path` beside a file."""
 
 
 class FDFOArgumentParser(LightningArgumentParser):
@@ -43,16 +46,21 @@ class RunRecord(SaveConfigCallback):
     """Writes the resolved configuration into the run's folder, and refuses a folder that holds a run already."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError if `fit` would mix two runs in one folder."""
+        """Raises ConfigurationError if `fit` would mix two runs in one folder, or go on with none."""
         record = Path(trainer.default_root_dir) / self.config_filename
-        if stage == "fit" and record.exists() and not self.config.get("ckpt_path"):
+        ckpt_path = self.config.get("ckpt_path")
+        if ckpt_path and ckpt_path not in CKPT_KEYWORDS and not Path(ckpt_path).is_file():
+            raise ConfigurationError(f"--ckpt_path: expected a file, or one of {CKPT_KEYWORDS}, got {ckpt_path}")
+        if stage == "fit" and ckpt_path == "last" and not record.exists():
+            raise ConfigurationError(f"--ckpt_path last: {record.parent} holds no run to go on with")
+        if stage == "fit" and record.exists() and not ckpt_path:
             raise ConfigurationError(
                 f"{record.parent} holds a run already: go on with it by --ckpt_path last, "
                 f"or choose another folder by --trainer.default_root_dir FOLDER"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the record once all has been set up: a run that cannot start leaves nothing behind."""
+        """Writes the record once all has been set up: a run that cannot start leaves no config.yaml."""
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
 
@@ -104,13 +112,14 @@ class FDFOCLI(LightningCLI):
         plugins = _as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        if trainer.get("enable_progress_bar") is not False:
+        has_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(trainer.get("callbacks")))
+        if trainer.get("enable_progress_bar") is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
 def list_rewards() -> None:
-    """Prints a table of all installed rewards; one that cannot be imported is named in a warning, and stays in it."""
+    """Prints a table of all installed rewards; one that cannot be loaded is named in a warning, and stays in it."""
     table = Table("name", "distribution", "version", "range", "needs of a prompt")
     for name, entry in available_rewards().items():
         distribution, version = (entry.dist.name, entry.dist.version) if entry.dist is not None else ("?", "?")
@@ -118,7 +127,7 @@ def list_rewards() -> None:
             cls = load_reward_class(name)
         except ConfigurationError as error:
             warnings.warn(str(error), stacklevel=2)
-            table.add_row(name, distribution, version, "cannot be imported", "")
+            table.add_row(name, distribution, version, "cannot be loaded", "")
             continue
         low, high = cls.range
         needs = cls.needs or ", ".join(f'metadata "{key}"' for key in cls.required_metadata) or "nothing"

@@ -30,6 +30,9 @@ from lightning_fdfo.objective import Normalization, velocity_divergence, velocit
 from lightning_fdfo.reward import RewardMix
 from lightning_fdfo.rollout import Rollout, RolloutLoader, Sampling, TrajectoryPoints, paint, roll_out
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -110,8 +113,17 @@ class FDFOModule(LightningModule):
         self._on_device: torch.device | None = None
         self._rollout_metrics: dict[str, float] = {}
         self._training_started = 0.0
+        taken = {"reward"} & set(self.rewards.terms)
+        if self.metrics is not None:
+            taken |= {"reward", *self.rewards.terms} & set(self.metrics.terms)
+        if taken:
+            raise ConfigurationError(
+                f"rewards and metrics are logged by name: {sorted(taken)} would be two; rename one"
+            )
         if objective.clip_range <= 0 or objective.kl_weight < 0:
             raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
+        if lora is not None and (lora.rank < 1 or lora.alpha <= 0):
+            raise ConfigurationError(f"expected rank >= 1 and alpha > 0, got {lora}")
         if objective.kl_weight and lora is None:
             raise ConfigurationError(
                 "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
@@ -123,6 +135,11 @@ class FDFOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks the model's folder and derives the batch arithmetic."""
+        if self.trainer.precision not in PRECISIONS:
+            raise ConfigurationError(
+                f"trainer.precision={self.trainer.precision}: expected one of {', '.join(PRECISIONS)}; "
+                "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
+            )
         self.flow.check()
         if stage == "fit":
             plan = self.plan
@@ -317,7 +334,8 @@ class FDFOModule(LightningModule):
     # Checkpoints: only what trains
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only."""
+        """Keeps the trainable weights only, and notes what they mean nothing without."""
+        checkpoint["fdfo"] = self._identity()
         names = self._trainable_names()
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
 
@@ -325,8 +343,15 @@ class FDFOModule(LightningModule):
         """Fills in the frozen weights, so that loading stays strict.
 
         Raises:
-            ConfigurationError: the checkpoint's trainable weights are not this model's; the message names them.
+            ConfigurationError: the checkpoint's trainable weights, LoRA scale or seed are not this module's.
         """
+        noted, own_identity = checkpoint.get("fdfo", {}), self._identity()
+        for name, value in own_identity.items():
+            if noted.get(name) != value and not (name == "seed" and not self.trainer.training):
+                raise ConfigurationError(
+                    f"the checkpoint was written with {name}={noted.get(name)}, the configuration says {value}: "
+                    "use the configuration that it was written with"
+                )
         saved, own = checkpoint["state_dict"], self.state_dict()
         expected = {name: own[name].shape for name in self._trainable_names()}
         differing = sorted(
@@ -339,6 +364,11 @@ class FDFOModule(LightningModule):
                 f"first {differing[0]}; use the configuration that it was written with"
             )
         checkpoint["state_dict"] = {**own, **saved}
+
+    def _identity(self) -> dict[str, float | None]:
+        """Settings that a checkpoint's weights depend on, beside their names and shapes."""
+        rank, alpha = (self.lora.rank, self.lora.alpha) if self.lora is not None else (None, None)
+        return {"seed": self.seed, "lora.rank": rank, "lora.alpha": alpha}
 
     def _trainable_names(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

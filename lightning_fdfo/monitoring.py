@@ -24,21 +24,21 @@ def rollout_metrics(rollout: Rollout, all_sum: Callable[[Tensor], Tensor]) -> di
         final latents), `rollout/images_per_second`.
     """
     metrics = {}
+    num_images = all_sum(torch.tensor([float(len(rollout.scores.total))], dtype=torch.float64)).item()
     for name, scores in {"reward": rollout.scores.total, **_named(rollout.scores.terms)}.items():
-        powers = torch.stack([scores.double() ** power for power in range(3)], dim=1)
-        count, total, square = all_sum(powers.sum(dim=0)).tolist()
-        mean = total / count
+        powers = torch.stack([scores.double(), scores.double() ** 2], dim=1)
+        mean, mean_square = (all_sum(powers.sum(dim=0)) / num_images).tolist()
         metrics[f"{name}/mean"] = mean
-        metrics[f"{name}/std"] = max(square / count - mean**2, 0.0) ** 0.5
+        metrics[f"{name}/std"] = max(mean_square - mean**2, 0.0) ** 0.5
     difference = half_differences(rollout.scores.total)
     distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
     sums = torch.stack([difference.abs().sum(), (difference == 0).float().sum(), distance.sum()]).double()
-    absolute, ties, distances = (all_sum(sums) / count).tolist()
+    absolute, ties, distances = (all_sum(sums) / num_images).tolist()
     return metrics | {
         "reward/difference": absolute,
         "reward/ties": ties,
         "rollout/pair_distance": distances**0.5,
-        "rollout/images_per_second": count / rollout.seconds,
+        "rollout/images_per_second": num_images / rollout.seconds,
     }
 
 

@@ -41,6 +41,7 @@ def half_differences(values: Tensor) -> Tensor:
         ValueError: an odd number of rows.
 
     Example:
+        >>> import torch
         >>> half_differences(torch.tensor([3.0, 1.0, 0.0, 4.0]))
         tensor([ 1., -1., -2.,  2.])
     """
@@ -72,6 +73,7 @@ def direction(endpoint_difference: Tensor, normalization: Normalization = "mean_
         ValueError: another normalization.
 
     Example:
+        >>> import torch
         >>> direction(torch.tensor([[3.0, 4.0]]), eps=0.0)
         tensor([[0.2400, 0.3200]])
         >>> direction(torch.tensor([[3.0, 4.0]]), "root_mean_square", eps=0.0)
@@ -119,6 +121,7 @@ def velocity_objective(
         VelocityObjective(loss [B], ratio [B]), float32.
 
     Example:
+        >>> import torch
         >>> v = torch.zeros(1, 2, requires_grad=True)
         >>> loss, ratio = velocity_objective(v, torch.zeros(1, 2), torch.tensor([[1.0, -1.0]]), torch.tensor([0.5]))
         >>> ratio.item(), loss.item()
@@ -140,6 +143,7 @@ def velocity_divergence(velocity: Tensor, base_velocity: Tensor) -> Tensor:
     """How far the velocity has left the base model's: mean((v - v_base)^2), [B], float32, >= 0.
 
     Example:
+        >>> import torch
         >>> velocity_divergence(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """

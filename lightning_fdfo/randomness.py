@@ -50,7 +50,7 @@ def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0) -> torc
 
 def stack_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
     """Standard normal numbers, float32 [len(generators), *shape], row i from generator i."""
-    return torch.stack([torch.randn(shape, generator=each) for each in generators])
+    return torch.stack([torch.randn(shape, generator=each, dtype=torch.float32) for each in generators])
 
 
 def prompt_rows(seed: int, first: int, count: int, num_prompts: int) -> list[int]:

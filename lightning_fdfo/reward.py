@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,22 +85,21 @@ class Reward(ABC):
 def available_rewards() -> Mapping[str, EntryPoint]:
     """Names of all installed rewards and their entry points, from metadata alone: nothing is imported.
 
-    Raises:
-        ConfigurationError: two distributions give the same name.
+    A name that two distributions give is here once; `load_reward` refuses it.
 
     Example:
         >>> "OCR" in available_rewards()
         True
     """
-    found: dict[str, EntryPoint] = {}
+    return MappingProxyType({name: entries[0] for name, entries in _entries_by_name().items()})
+
+
+def _entries_by_name() -> dict[str, list[EntryPoint]]:
+    """All different entry points of each name; the same one twice on the path is one."""
+    found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value or _distribution(other) != _distribution(entry):
-            raise ConfigurationError(
-                f"reward {entry.name!r} is given by two distributions, {_distribution(other)} and "
-                f"{_distribution(entry)}: uninstall one, or name the class by its dotted path"
-            )
-    return MappingProxyType(found)
+        found.setdefault(entry.name, {})[_distribution(entry), entry.value] = entry
+    return {name: list(entries.values()) for name, entries in found.items()}
 
 
 def load_reward(name: str, **init_args: Any) -> Reward:
@@ -110,7 +110,8 @@ def load_reward(name: str, **init_args: Any) -> Reward:
         init_args: options of its class.
 
     Raises:
-        ConfigurationError: unknown name, a plugin that cannot be imported, options that do not fit.
+        ConfigurationError: unknown name, one that two distributions give, a plugin that cannot be imported, options
+            that do not fit.
 
     Example:
         >>> load_reward("JPEGSize", quality=80).quality
@@ -118,17 +119,24 @@ def load_reward(name: str, **init_args: Any) -> Reward:
     """
     cls = load_reward_class(name)
     try:
-        inspect.signature(cls).bind(**init_args)
-    except TypeError as error:
+        return cls(**init_args)
+    except ConfigurationError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigurationError(f"reward {name}{inspect.signature(cls)}: {error}") from error
-    return cls(**init_args)
 
 
 def load_reward_class(name: str) -> type[Reward]:
     """The class of a reward, by registered name or dotted path; raises as `load_reward` does."""
-    entry = None if "." in name else available_rewards().get(name)
-    if entry is None and "." not in name:
+    entries = [] if "." in name else _entries_by_name().get(name, [])
+    if not entries and "." not in name:
         raise ConfigurationError(_unknown(name))
+    if len(entries) > 1:
+        raise ConfigurationError(
+            f"reward {name!r} is given by two distributions, {_distribution(entries[0])} and "
+            f"{_distribution(entries[1])}: uninstall one, or name the class by its dotted path"
+        )
+    entry = entries[0] if entries else None
     try:
         if entry is not None:
             cls = entry.load()
@@ -203,7 +211,8 @@ class RewardMix:
         """
         scores = {}
         for name, term in self.terms.items():
-            score = torch.as_tensor(term.reward(images, prompts, metadata)).detach().float().cpu()
+            with torch.autocast(images.device.type, enabled=False):  # a score's digits are not the trainer's to cut
+                score = torch.as_tensor(term.reward(images, prompts, metadata)).detach().float().cpu()
             if score.shape != (len(images),):
                 raise ValueError(f"reward {name!r}: expected [{len(images)}] scores, got shape {list(score.shape)}")
             if not bool(score.isfinite().all()):
@@ -218,21 +227,23 @@ def _parse_term(name: str, value: Any) -> RewardTerm:
     """One entry of a mixture, short form or long."""
     if isinstance(value, RewardTerm):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return RewardTerm(load_reward(name), float(value))
     expected = f"rewards.{name}: expected a weight or {{reward: NAME or {{class_path, init_args}}, weight: NUMBER}}"
     if not isinstance(value, Mapping) or "reward" not in value or set(value) - {"reward", "weight"}:
         raise ConfigurationError(f"{expected}, got {value!r}")
     weight = value.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
         raise ConfigurationError(f"{expected}, got weight {weight!r}")
     reward = value["reward"]
     if isinstance(reward, str):
         return RewardTerm(load_reward(reward), float(weight))
     if isinstance(reward, Mapping):
-        if "class_path" not in reward or set(reward) - {"class_path", "init_args"}:
+        class_path, init_args = reward.get("class_path"), reward.get("init_args") or {}
+        known = not set(reward) - {"class_path", "init_args"}
+        if not known or not isinstance(class_path, str) or not isinstance(init_args, Mapping):
             raise ConfigurationError(f"{expected}, got reward {dict(reward)!r}")
-        return RewardTerm(load_reward(reward["class_path"], **(reward.get("init_args") or {})), float(weight))
+        return RewardTerm(load_reward(class_path, **init_args), float(weight))
     if callable(reward):
         return RewardTerm(reward, float(weight))
     raise ConfigurationError(f"{expected}, got reward {reward!r}")

@@ -157,7 +157,10 @@ def sample_pairs(
     Source: arXiv 2603.12893.
     """
     check_sigmas(sigmas)
-    churns = torch.as_tensor(churn, dtype=torch.float32).expand(len(sigmas))
+    churns = torch.as_tensor(churn, dtype=torch.float32)
+    if churns.ndim and churns.shape != sigmas.shape:
+        raise ValueError(f"expected churn to be a float or [{len(sigmas)}], got shape {list(churns.shape)}")
+    churns = churns.expand(len(sigmas))
     state = churn_prior(latents.float().repeat_interleave(2, dim=0), churns[0], noise(0))
     states, velocities = [state], []
     last = len(sigmas) - 1

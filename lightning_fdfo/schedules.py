@@ -62,7 +62,7 @@ def churn_schedule(churn: float, num_steps: int, *, initial_churn: float | None 
     initial = churn if initial_churn is None else initial_churn
     if num_steps < 1 or churn < 0 or initial < 0:
         raise ValueError(f"expected num_steps >= 1 and churn >= 0, got {num_steps=}, {churn=}, {initial_churn=}")
-    return torch.tensor([initial, *[churn] * (num_steps - 1), 0.0])
+    return torch.tensor([initial, *[churn] * (num_steps - 1), 0.0], dtype=torch.float32)
 
 
 def check_sigmas(sigmas: Tensor) -> None:

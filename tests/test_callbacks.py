@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lightning_fdfo.callbacks import BeforeAfter, LoRAExport, RewardCurve, image_grid
+from lightning_fdfo.errors import ConfigurationError
 
 
 def test_a_grid_shows_each_image_in_its_place():
@@ -33,12 +35,32 @@ def test_a_run_leaves_pictures_curve_and_table(toy_module, fit, tmp_path, capsys
     assert [epoch for epoch, _ in callbacks[1].validations] == [0, 1, 2, 3]
 
 
-def test_the_state_goes_through_a_checkpoint():
-    before = BeforeAfter()
-    before.load_state_dict({"before": {"reward": 1.0}, "after": {}, "after_epoch": 0})
-    assert before.state_dict() == {"before": {"reward": 1.0}, "after": {}, "after_epoch": 0}
+def test_a_resumed_run_still_compares_with_the_base_and_draws_the_whole_curve(toy_module, fit, tmp_path):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("x\ny\nz\n")
+    seen = []
+    for epochs, ckpt_path in ((2, None), (4, "last")):
+        saved = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True)
+        callbacks = [saved, BeforeAfter(), RewardCurve()]
+        options = {"callbacks": callbacks, "enable_checkpointing": True, "num_sanity_val_steps": -1}
+        fit(toy_module(), epochs, ckpt_path, val=str(prompts), **options)
+        seen.append(callbacks)
+    assert seen[1][1].before == seen[0][1].before
+    assert seen[1][1].after_epoch == 4
+    assert [epoch for epoch, _ in seen[1][2].rollouts] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in seen[1][2].validations] == [0, 1, 2, 3, 4]
+    assert seen[1][2].rollouts[:2] == seen[0][2].rollouts
+
+
+def test_without_a_sanity_check_there_is_no_before(toy_module, fit, tmp_path, capsys):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("x\n")
+    fit(toy_module(), 1, val=str(prompts), callbacks=[BeforeAfter()], num_sanity_val_steps=0)
+    assert not (tmp_path / "before.png").exists()
+    assert (tmp_path / "after.png").exists()
+    assert "before" not in capsys.readouterr().out
 
 
 def test_without_a_lora_there_is_nothing_to_export(toy_module, fit):
-    with pytest.raises(TypeError, match="trains a LoRA"):
+    with pytest.raises(ConfigurationError, match="trains a LoRA"):
         fit(toy_module(lora=None), 1, callbacks=[LoRAExport()])

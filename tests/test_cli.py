@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusion3Pipeline
 
-from lightning_fdfo import FDFOModule
 from lightning_fdfo.cli import main
 
 ROOT = Path(__file__).parent.parent
-configure_model = FDFOModule.configure_model
 SMALL = [
     "--model.rewards={JPEGSize: 1.0}",
     "--model.metrics=null",
@@ -109,6 +108,15 @@ def test_python_o_changes_nothing(whole, tmp_path):
     assert all(torch.equal(value, optimised[name]) for name, value in weights(whole).items())
 
 
+def test_two_processes_train_what_one_trains(whole, tmp_path):
+    """DDP on two processes (gloo): the same totals, so the same weights up to summation order."""
+    arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
+    run(*arguments, "--trainer.devices=2", "--trainer.strategy=ddp", "--model.batch_size=4")
+    shared = weights(tmp_path / "run")
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
     result = run(*fit_arguments(whole, *SMALL), check=False)
     assert result.returncode == 2
@@ -120,10 +128,12 @@ def files(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b'"7" in r\xf6d\n')
     (tmp_path / "untold.txt").write_text('"427" in red\na red cat\n')
+    (tmp_path / "unknown.txt").write_text('"7\ue000" in red\n', encoding="utf-8")
     (tmp_path / "folder").mkdir()
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")  # Lightning says it before we do
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -139,13 +149,32 @@ def files(tmp_path):
         ("--model.flow.init_args.pretrained={tmp}/folder", r"is no diffusers pipeline"),
         ("--model.flow.init_args.pretrained=tiny-digit", r"'tiny-digit', which is none of these"),
         ("--model.lora.targets=[attn.to_w]", r"'attn.to_w' matches no linear layer"),
-        ("--model.sampling.churn=-1", r"churn"),
+        ("--model.lora.rank=0", r"rank >= 1"),
+        ("--model.lora=null", r"leave it out for full fine-tuning"),
+        ("--model.sampling.churn=-1", r"churn: expected >= 0"),
+        ("--model.rewards={{JPEGSize: .nan}}", r"rewards.JPEGSize: expected a weight"),
+        (
+            "--model.rewards={{a: {{reward: {{class_path: JPEGSize, init_args: {{quality: high}}}}}}}}",
+            r"reward JPEGSize",
+        ),
+        ("--model.rewards={{exact_match: {{reward: OCR}}}}", r"\['exact_match'\] would be two"),
+        ("--data.train={tmp}/unknown.txt", r"unknown\.txt:1: OCR: the recogniser does not know"),
+        ("--trainer.num_sanity_val_steps=2", r"num_sanity_val_steps -1"),
+        ("--trainer.precision=bf16-true", r"precision=bf16-true: expected one of 32-true, bf16-mixed"),
+        ("--ckpt_path={tmp}/none.ckpt", r"expected a file, or one of"),
+        ("--ckpt_path=last", r"holds no run to go on with"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, message):
     """In this process, because fourteen starts take minutes; the next test starts one for real."""
     loaded = []
-    monkeypatch.setattr(FDFOModule, "configure_model", lambda self: loaded.append(configure_model(self)))
+    from_pretrained = StableDiffusion3Pipeline.from_pretrained
+
+    def load(*arguments, **options):
+        loaded.append(arguments)
+        return from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning-fdfo"])
     (files / "typo.yaml").write_text("model: {num_pears: 3}\n")
@@ -154,7 +183,7 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
     assert stop.value.code == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert re.search(message, error), error
-    assert not loaded
+    assert bool(loaded) == ("lora.targets" in option)
     assert not (files / "run" / "config.yaml").exists()
 
 

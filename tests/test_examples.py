@@ -8,16 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_training_without_the_cli(tmp_path):
-    script = ROOT / "examples/train_without_cli.py"
+def test_training_without_the_cli_is_the_same_run(tmp_path):
+    script, config = ROOT / "examples/train_without_cli.py", "configs/quickstart.yaml"
     assert len(script.read_text().splitlines()) <= 40
-    subprocess.run([sys.executable, script, tmp_path, "1"], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert (tmp_path / "lora/pytorch_lora_weights.safetensors").exists()
-    assert (tmp_path / "before.png").exists()
+    fit = [sys.executable, "-m", "lightning_fdfo", "fit", "--config", config, "--trainer.max_epochs=1"]
+    for line in (
+        [sys.executable, script, tmp_path / "plain", "1"],
+        [*fit, f"--trainer.default_root_dir={tmp_path / 'cli'}"],
+    ):
+        subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    plain, cli = (load_file(tmp_path / run / "lora/pytorch_lora_weights.safetensors") for run in ("plain", "cli"))
+    assert set(plain) == set(cli)
+    assert all(torch.equal(value, cli[name]) for name, value in plain.items())
+    assert (tmp_path / "plain/before.png").read_bytes() == (tmp_path / "cli/before.png").read_bytes()
 
 
 @pytest.fixture

@@ -1,10 +1,16 @@
+import inspect
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flows import StableDiffusion3
+from lightning_fdfo.objective import velocity_objective
 from lightning_fdfo.reward import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
@@ -42,6 +48,7 @@ def test_what_is_logged(toy_module, fit):
     fit(toy_module(rewards=rewards), 2, callbacks=[recorder])
     first = recorder.epochs[0]
     assert set(first) == {
+        "mean_reward",
         "reward/mean", "reward/std", "reward/difference", "reward/ties",
         "reward/brightness/mean", "reward/brightness/std", "reward/flat/mean", "reward/flat/std",
         "rollout/pair_distance", "rollout/images_per_second",
@@ -141,9 +148,17 @@ def test_a_checkpoint_holds_what_trains_and_is_strict(toy_module, fit, tmp_path)
     fit(module, 1, enable_checkpointing=True, callbacks=[checkpoints(tmp_path / "c")])
     saved = torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {name for name, p in module.named_parameters() if p.requires_grad}
-    other_rank = toy_module(lora=LoRA(rank=3, alpha=4))
-    with pytest.raises(ConfigurationError, match=r"4 weights differ in name or shape, first flow\.transformer"):
-        fit(other_rank, 2, ckpt_path=str(tmp_path / "c" / "last.ckpt"))
+    for other, message in (
+        (
+            {"lora": LoRA(rank=2, alpha=4, targets=("first",))},
+            r"2 weights differ in name or shape, first flow\.transformer",
+        ),
+        ({"lora": LoRA(rank=3, alpha=4)}, "written with lora.rank=2, the configuration says 3"),
+        ({"lora": LoRA(rank=2, alpha=40)}, "written with lora.alpha=4, the configuration says 40"),
+        ({"seed": 9}, "written with seed=0, the configuration says 9"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            fit(toy_module(**other), 2, ckpt_path=str(tmp_path / "c" / "last.ckpt"))
 
 
 def test_the_kl_term_is_measured_from_the_base_and_holds_the_velocity(toy_module, fit):
@@ -204,3 +219,54 @@ def test_pairs_that_do_not_divide_are_refused_before_the_model_loads(toy_module,
 def test_settings_that_cannot_work(options, message):
     with pytest.raises(ConfigurationError, match=message):
         FDFOModule(ToyFlow(), {"brightness": RewardTerm(brightness)}, **options)
+
+
+@pytest.mark.parametrize("name", ["reward", "brightness"])
+def test_names_are_not_taken_twice(toy_module, name):
+    with pytest.raises(ConfigurationError, match=rf"\['{name}'\] would be two"):
+        toy_module(metrics={name: RewardTerm(brightness)})
+
+
+def ratio_error(fit, monkeypatch):
+    """How far ratios leave 1 where training has not moved the weights, in bf16-mixed."""
+    ratios = []
+
+    def watched(*arguments):
+        result = velocity_objective(*arguments)
+        ratios.append((result.ratio - 1).abs().max().item())
+        return result
+
+    module = FDFOModule(
+        StableDiffusion3("tiny-digits", max_sequence_length=0),
+        {"brightness": RewardTerm(brightness)},
+        sampling=Sampling(num_steps=3, height=32, width=64, churn=0.0025),
+        num_pairs=4,
+        updates_per_epoch=1,
+        batch_size=4,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+    )
+    monkeypatch.setattr("lightning_fdfo.module.velocity_objective", watched)
+    fit(module, 1, precision="bf16-mixed")
+    assert len(ratios) == 6
+    return max(ratios)
+
+
+def test_rollout_and_training_see_the_same_velocities_in_bf16_mixed(fit, monkeypatch):
+    """The rollout runs in the trainer's precision; in float32 it would store other velocities than training sees."""
+    with_context = ratio_error(fit, monkeypatch)
+    monkeypatch.setattr(MixedPrecision, "forward_context", contextmanager(forward_context_in_training_only))
+    without_context = ratio_error(fit, monkeypatch)
+    assert with_context < 1e-6
+    assert without_context > 1e-4
+
+
+forward_context = MixedPrecision.forward_context
+
+
+def forward_context_in_training_only(self):
+    with forward_context(self) if torch.is_grad_enabled() and not from_rollout() else nullcontext():
+        yield
+
+
+def from_rollout():
+    return any(frame.function == "_roll_out" for frame in inspect.stack())

@@ -54,9 +54,11 @@ def test_installed_rewards_are_listed_without_importing_them():
 
 
 def test_a_name_given_twice_names_both_distributions(plugins):
-    plugins(plugin("A", HERE.replace(".Constant", ":Constant"), "one"), plugin("A", "other:A", "two"))
+    fine = HERE.replace(".Constant", ":Constant")
+    plugins(plugin("A", fine, "one"), plugin("A", "other:A", "two"), plugin("B", fine, "one"))
     with pytest.raises(ConfigurationError, match="'A' is given by two distributions, one and two"):
-        available_rewards()
+        load_reward("A")
+    assert isinstance(load_reward("B"), Constant)
 
 
 def test_the_same_entry_twice_on_the_path_is_one(plugins):
@@ -142,3 +144,13 @@ def test_a_failure_is_never_a_score(scores, message):
     mix = RewardMix({"r": RewardTerm(lambda *_: scores)})
     with pytest.raises(ValueError, match=message):
         mix(IMAGES, *ROWS)
+
+
+def test_rewards_are_scored_outside_of_the_trainers_autocast():
+    weights = torch.randn(3 * 8 * 8, 1)
+    mix = RewardMix({"linear": RewardTerm(lambda images, *_: (images.flatten(1) @ weights)[:, 0])})
+    images = torch.rand(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (images.flatten(1) @ weights).dtype == torch.bfloat16
+        inside = mix(images, *ROWS).total
+    assert torch.equal(inside, mix(images, *ROWS).total)

@@ -84,6 +84,11 @@ def test_branches_of_a_pair_are_neighbours_and_share_their_start():
     )
 
 
+def test_a_churn_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"churn to be a float or \[3\], got shape \[2\]"):
+        sample_pairs(lambda x, s: x, torch.zeros(1, 1), uniform_sigmas(2), torch.zeros(2), lambda k: torch.zeros(2, 1))
+
+
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [0.0, 1.0], [1.0, 0.5, 0.5, 0.0], [2.0, 0.0]])
 def test_a_grid_that_does_not_fall_from_1_to_0_is_refused(sigmas):
     with pytest.raises(ValueError, match="fall strictly from 1 to 0"):

@@ -104,10 +104,14 @@ class StableDiffusion3(FlowModel):
         if self._holder:
             return
         self.check()
-        absent = self._absent_parts()
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.pretrained, dtype=self.dtype, revision=self.revision, **absent
-        )
+        try:
+            pipeline = StableDiffusion3Pipeline.from_pretrained(
+                self.pretrained, dtype=self.dtype, revision=self.revision, **self._absent_parts()
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"flow.pretrained: {self.pretrained!r} is neither a folder here nor a model that the hub gives: {error}"
+            ) from error
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae", "transformer"):
             module = getattr(pipeline, name)
             if module is not None:
@@ -178,11 +182,13 @@ class StableDiffusion3(FlowModel):
             latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
             embeds = torch.cat([parts["negative_prompt_embeds"], embeds])
             pooled = torch.cat([parts["negative_pooled_prompt_embeds"], pooled])
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(embeds.dtype),
+        transformer: Any = self.transformer
+        dtype = transformer.pos_embed.proj.weight.dtype  # the transformer's own: the text encoders' may be another
+        velocity: Tensor = transformer(
+            hidden_states=latents.to(dtype),
             timestep=timestep,
-            encoder_hidden_states=embeds,
-            pooled_projections=pooled,
+            encoder_hidden_states=embeds.to(dtype),
+            pooled_projections=pooled.to(dtype),
             return_dict=False,
         )[0].float()
         if guided:

@@ -48,8 +48,8 @@ class OCR(Reward):
         batch_size: lines a forward.
 
     Raises:
-        ConfigurationError: another score; in `check`: a prompt without target, or with a character that the
-            recogniser does not know.
+        ConfigurationError: another score; in `check`: a prompt without target, or, for `likelihood`, with a character
+            that the recogniser does not know.
 
     Example:
         >>> target_text('the number "427" in red', {})
@@ -73,8 +73,10 @@ class OCR(Reward):
         self.range = (float("-inf"), 0.0) if score == "likelihood" else (0.0, 1.0)
 
     def check(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ConfigurationError for a prompt that has no target text."""
-        target_text(prompt, metadata)
+        """Raises ConfigurationError for a prompt without target, or with an unknown character."""
+        target = target_text(prompt, metadata)
+        if self.score == "likelihood":
+            load_recogniser().encode(target)
 
     def setup(self, device: torch.device) -> None:
         """Loads the engine; it runs on the CPU."""
@@ -123,7 +125,7 @@ def target_text(prompt: str, metadata: Metadata) -> str:
     """The text that an image should show, without spaces.
 
     Raises:
-        ConfigurationError: there is none, or it has a character that the recogniser does not know.
+        ConfigurationError: there is none.
 
     Example:
         >>> target_text("a sign", {"text": "New York"})

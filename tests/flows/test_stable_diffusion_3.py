@@ -238,6 +238,22 @@ def test_a_folder_that_is_no_such_pipeline_is_refused(tmp_path, content):
         StableDiffusion3(str(tmp_path)).check()
 
 
+@pytest.mark.filterwarnings("ignore:.*(local_dir_use_symlinks|proxies):UserWarning")  # diffusers' own calls
+def test_a_hub_name_that_cannot_be_had_is_told(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigurationError, match="'nobody/nothing' is neither a folder here nor"):
+        StableDiffusion3("nobody/nothing").load()
+
+
+def test_a_bfloat16_text_encoder_serves_a_float32_transformer():
+    flow = StableDiffusion3("tiny-digits", dtype="bfloat16", max_sequence_length=0)
+    flow.load()
+    flow.transformer.float()
+    with torch.no_grad():
+        velocity = flow.velocity(torch.randn(2, 8, 8, 16), torch.tensor(0.5), flow.encode(PROMPTS))
+    assert velocity.dtype == torch.float32
+
+
 def test_a_hub_name_passes_and_a_missing_folder_does_not():
     StableDiffusion3("stabilityai/stable-diffusion-3.5-medium").check()
     for name in ("tiny-digit", "./not/there", "/not/there"):

@@ -141,7 +141,8 @@ def test_a_prompt_without_target_is_refused(prompt, metadata):
 
 def test_unknown_characters_are_named():
     with pytest.raises(ConfigurationError, match="does not know"):
-        load_recogniser().encode("7\ue000")
+        OCR().check('"7\ue000"', {})
+    OCR(score="edit_distance").check('"7\ue000"', {})
 
 
 def test_normalise_keeps_letters_of_every_script():
