@@ -53,7 +53,7 @@ class Reward(ABC):
     """
 
     range: tuple[float, float] = (float("-inf"), float("inf"))
-    """Lowest and highest score that can come."""
+    """Lowest and highest score that can come, with the options' defaults; an instance may have its own."""
     required_metadata: tuple[str, ...] = ()
     """Keys that each prompt's metadata must have."""
     needs: str = ""

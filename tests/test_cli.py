@@ -213,6 +213,8 @@ def test_rewards_are_listed():
     environment = os.environ | {"COLUMNS": "200"}
     result = subprocess.run(command("rewards"), cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0
+    assert re.search(r"JPEGSize.*0 … inf", result.stdout)
+    assert re.search(r"OCR.*-inf … 0", result.stdout)
     for word in ("OCR", "JPEGSize", "lightning-fdfo-rewards", "0.1.0", 'metadata "text"'):
         assert word in result.stdout
     assert run("rewards", "--all", check=False).returncode == 2

@@ -32,12 +32,15 @@ class JPEGSize(Reward):
     Source: the compressibility task of DDPO (Black et al. 2023, arXiv 2305.13301).
     """
 
+    range = (0.0, float("inf"))
+
     def __init__(self, quality: int = 95, sign: Literal[1, -1] = 1) -> None:
         if not 1 <= quality <= 95 or sign not in (1, -1):
             raise ConfigurationError(f"JPEGSize: expected quality in 1 … 95 and sign 1 or -1, got {quality}, {sign}")
         self.quality = quality
         self.sign = sign
-        self.range = (0.0, float("inf")) if sign == 1 else (float("-inf"), 0.0)
+        if sign == -1:
+            self.range = (float("-inf"), 0.0)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch; see `Reward.__call__`."""

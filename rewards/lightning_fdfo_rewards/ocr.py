@@ -60,6 +60,7 @@ class OCR(Reward):
         lightning_fdfo.errors.ConfigurationError: OCR needs metadata "text" or text in double quotes, got 'no quotes'
     """
 
+    range = (float("-inf"), 0.0)
     needs = 'metadata "text", or text in double quotes in the prompt'
 
     def __init__(self, score: Score = "likelihood", detect: bool = False, batch_size: int = 32) -> None:
@@ -70,7 +71,8 @@ class OCR(Reward):
         self.score = score
         self.detect = detect
         self.batch_size = batch_size
-        self.range = (float("-inf"), 0.0) if score == "likelihood" else (0.0, 1.0)
+        if score != "likelihood":
+            self.range = (0.0, 1.0)
 
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError for a prompt without target, or with an unknown character."""
