@@ -1,13 +1,17 @@
-"""Checkpoints on disk: written under a temporary name, synced, then renamed; read without running pickled code."""
+"""Checkpoints: only what trains, strict on load; on disk whole or not there, and read without running pickled code."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -36,3 +40,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Reads `path` with `weights_only=True`, whatever is asked for."""
         return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+
+
+def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Compares settings without which a checkpoint's weights mean something else.
+
+    Raises:
+        ConfigurationError: one differs; the message names it with both values.
+
+    Example:
+        >>> check_settings({"seed": 0, "lora.alpha": 4.0}, {"seed": 0})
+    """
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise ConfigurationError(
+                f"the checkpoint was written with {name}={saved.get(name)}, the configuration says {value}: "
+                "use the configuration that it was written with"
+            )
+
+
+def fill_frozen(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], trainable: Sequence[str]) -> dict[str, Tensor]:
+    """A whole state dict from a checkpoint's trainable weights and the model's own frozen ones.
+
+    Args:
+        saved: the checkpoint's weights.
+        own: the model's whole state dict.
+        trainable: names in `own` that train.
+
+    Raises:
+        ConfigurationError: names or shapes of `saved` are not those that train.
+    """
+    expected = {name: own[name].shape for name in trainable}
+    missing = {name for name, shape in expected.items() if name not in saved or saved[name].shape != shape}
+    differing = sorted(missing | (set(saved) - set(expected)))
+    if differing:
+        raise ConfigurationError(
+            f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
+            f"first {differing[0]}; use the configuration that it was written with"
+        )
+    return {**own, **saved}

@@ -22,13 +22,15 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from lightning_fdfo.batching import BatchPlan
+from lightning_fdfo.checkpoint import check_settings, fill_frozen
 from lightning_fdfo.data import IndexedPrompt, Prompt
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import FlowModel, LoRA
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
 from lightning_fdfo.reward import RewardMix
-from lightning_fdfo.rollout import Rollout, RolloutLoader, Sampling, TrajectoryPoints, paint, roll_out
+from lightning_fdfo.rollout import Rollout, Sampling, paint, roll_out
+from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
@@ -345,25 +347,11 @@ class FDFOModule(LightningModule):
         Raises:
             ConfigurationError: the checkpoint's trainable weights, LoRA scale or seed are not this module's.
         """
-        noted, own_identity = checkpoint.get("fdfo", {}), self._identity()
-        for name, value in own_identity.items():
-            if noted.get(name) != value and not (name == "seed" and not self.trainer.training):
-                raise ConfigurationError(
-                    f"the checkpoint was written with {name}={noted.get(name)}, the configuration says {value}: "
-                    "use the configuration that it was written with"
-                )
-        saved, own = checkpoint["state_dict"], self.state_dict()
-        expected = {name: own[name].shape for name in self._trainable_names()}
-        differing = sorted(
-            {name for name, shape in expected.items() if name not in saved or saved[name].shape != shape}
-            | (set(saved) - set(expected))
-        )
-        if differing:
-            raise ConfigurationError(
-                f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
-                f"first {differing[0]}; use the configuration that it was written with"
-            )
-        checkpoint["state_dict"] = {**own, **saved}
+        settings = self._identity()
+        if not self.trainer.training:
+            settings.pop("seed")  # judging weights with other latents is fine, going on with others is not
+        check_settings(checkpoint.get("fdfo", {}), settings)
+        checkpoint["state_dict"] = fill_frozen(checkpoint["state_dict"], self.state_dict(), self._trainable_names())
 
     def _identity(self) -> dict[str, float | None]:
         """Settings that a checkpoint's weights depend on, beside their names and shapes."""

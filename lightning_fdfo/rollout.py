@@ -1,28 +1,25 @@
-"""Rollouts: sample pairs, score them, and deal their points out as batches.
+"""Rollouts: sample pairs and score them; and, for validation, paint prompts without churn.
 
     prompts --encode--> conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> Rollout
-    Rollout --finite differences, stratified choice--> TrajectoryPoints, a batch at a time
 
-Legend: P pairs on this device, 2P branches, T steps, B points of a batch, `...` a latent's own axes.
+Legend: P pairs on this device, 2P branches, T steps, `...` a latent's own axes.
 Everything at rest lies on the CPU in float32. Nothing here keeps state between epochs.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.data import Prompt
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning, FlowModel
-from lightning_fdfo.objective import Normalization, direction, half_differences
-from lightning_fdfo.randomness import Stream, generator, prompt_rows, stack_normal
+from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward import RewardMix, RewardScores
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
 from lightning_fdfo.schedules import churn_schedule
@@ -94,23 +91,6 @@ class Rollout(NamedTuple):
             ),
             sum(part.seconds for part in parts),
         )
-
-
-class TrajectoryPoints(NamedTuple):
-    """A batch of points to train on."""
-
-    latents: Tensor
-    """[B, ...]: x at sigma"""
-    sigma: Tensor
-    """[B]"""
-    old_velocity: Tensor
-    """[B, ...]: the rollout's velocity there"""
-    direction: Tensor
-    """[B, ...]"""
-    reward_difference: Tensor
-    """[B]"""
-    conditioning: Conditioning
-    """B rows"""
 
 
 @torch.no_grad()
@@ -197,128 +177,3 @@ def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: f
     """Conditioning for prompts; negative prompts are encoded only if guidance uses them."""
     negatives = [prompt.negative for prompt in prompts] if guidance_scale != 1.0 else None
     return flow.encode([prompt.text for prompt in prompts], negatives)
-
-
-def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: int) -> Tensor:
-    """Which points of a pair are trained on, in the order in which they are dealt out.
-
-    The pair's 2T points, in order of time, are cut into `num_points` equal strata; one is drawn from each; the
-    pair's own generator permutes them.
-
-    Args:
-        seed: the run's.
-        epoch: the current one.
-        pair: global pair index.
-        num_steps: T.
-        num_points: how many; divides 2T.
-
-    Returns:
-        int64 [num_points, 2]: branch (0 or 1) and step k (0 … T-1).
-
-    Example:
-        >>> chosen = choose_points(seed=0, epoch=0, pair=0, num_steps=4, num_points=4)
-        >>> sorted(chosen[:, 1].tolist())
-        [0, 1, 2, 3]
-    """
-    random = generator(Stream.POINTS, seed, epoch, pair)
-    size = 2 * num_steps // num_points
-    within = torch.randint(size, (num_points,), generator=random)
-    chosen = torch.arange(num_points) * size + within
-    chosen = chosen[torch.randperm(num_points, generator=random)]
-    return torch.stack([chosen % 2, chosen // 2], dim=1)
-
-
-def deal_points(
-    rollout: Rollout, plan: BatchPlan, *, seed: int, epoch: int, normalization: Normalization
-) -> Iterator[TrajectoryPoints]:
-    """The batches of an epoch: each update takes the same number of points from every pair.
-
-    Args:
-        rollout: this device's pairs.
-        plan: the epoch's arithmetic.
-        seed: the run's.
-        epoch: the current one.
-        normalization: of the direction.
-    """
-    latents, velocities = rollout.trajectories
-    directions = direction(half_differences(latents[:, -1]), normalization)
-    differences = half_differences(rollout.scores.total)
-    num_steps = velocities.shape[1]
-    chosen = torch.stack(
-        [choose_points(seed, epoch, pair, num_steps, plan.points_per_pair) for pair in rollout.pairs], dim=1
-    )  # [points, P, 2]
-    rows = torch.arange(len(rollout.pairs)).expand(chosen.shape[:2]).flatten()
-    branches, steps = chosen.flatten(0, 1).unbind(1)
-    for start in range(0, len(rows), plan.batch_size):
-        part = slice(start, start + plan.batch_size)
-        pair, step = rows[part], steps[part]
-        row = 2 * pair + branches[part]
-        yield TrajectoryPoints(
-            latents[row, step],
-            rollout.sigmas[step],
-            velocities[row, step],
-            directions[row],
-            differences[row],
-            rollout.conditioning[pair],
-        )
-
-
-class RolloutLoader:
-    """A sized iterable: each `iter()` rolls an epoch out, then yields its batches.
-
-    Lightning takes it for a plain training loader, so accumulation, precision and resuming are Lightning's own.
-
-    Args:
-        roll_out: `roll_out(prompts, pairs) -> Rollout` for the current epoch.
-        prompts: the training prompts.
-        plan: the epoch's arithmetic.
-        seed: the run's.
-        normalization: of the direction.
-        rank: this device's number; it takes pairs rank * P … (rank + 1) * P - 1.
-        chunk_size: pairs that are rolled out at once.
-        epoch: `epoch() -> int`, the current one.
-        on_rollout: called with the finished Rollout.
-        track: wraps the iterator over chunks, for a progress bar.
-    """
-
-    def __init__(
-        self,
-        roll_out: Callable[[Sequence[Prompt], Sequence[int]], Rollout],
-        prompts: Sequence[Prompt],
-        plan: BatchPlan,
-        *,
-        seed: int,
-        normalization: Normalization,
-        rank: int,
-        chunk_size: int,
-        epoch: Callable[[], int],
-        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
-        track: Callable[[Sequence[range]], Iterator[range]] = iter,
-    ) -> None:
-        self.roll_out = roll_out
-        self.prompts = prompts
-        self.plan = plan
-        self.seed = seed
-        self.normalization = normalization
-        self.rank = rank
-        self.chunk_size = chunk_size
-        self.epoch = epoch
-        self.on_rollout = on_rollout
-        self.track = track
-
-    def __len__(self) -> int:
-        return self.plan.batches_per_epoch
-
-    def __iter__(self) -> Iterator[TrajectoryPoints]:
-        epoch = self.epoch()
-        first = self.rank * self.plan.pairs_per_device
-        pairs = range(first, first + self.plan.pairs_per_device)
-        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + first, len(pairs), len(self.prompts))
-        chunks = [pairs[start : start + self.chunk_size] for start in range(0, len(pairs), self.chunk_size)]
-        parts = []
-        for chunk in self.track(chunks):
-            prompts = [self.prompts[rows[pair - first]] for pair in chunk]
-            parts.append(self.roll_out(prompts, chunk))
-        rollout = Rollout.cat(parts)
-        self.on_rollout(rollout)
-        yield from deal_points(rollout, self.plan, seed=self.seed, epoch=epoch, normalization=self.normalization)

@@ -6,7 +6,8 @@ from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.data import Prompt
 from lightning_fdfo.objective import direction, half_differences
 from lightning_fdfo.reward import RewardTerm
-from lightning_fdfo.rollout import RolloutLoader, choose_points, deal_points, paint, roll_out
+from lightning_fdfo.rollout import paint, roll_out
+from lightning_fdfo.rollout_loader import RolloutLoader, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
 
 PROMPTS = [Prompt(text, "", {"row": row}, f"p:{row}") for row, text in enumerate(["a cat", "the dog", "some bird"])]
