@@ -78,6 +78,12 @@ class FDFOModule(LightningModule):
     Raises:
         ConfigurationError: settings that cannot work; at set-up, before any model is loaded, where that can be known.
 
+    Example:
+        >>> from lightning_fdfo.flows import StableDiffusion3
+        >>> module = FDFOModule(StableDiffusion3("tiny-digits", max_sequence_length=0), {"JPEGSize": 1.0})
+        >>> module.num_pairs, hasattr(module.flow, "transformer")  # nothing is loaded yet
+        (432, False)
+
     Source: arXiv 2603.12893.
     """
 
