@@ -153,7 +153,7 @@ class RewardCurve(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes a validation's mean reward."""
-        if not _judges_a_fit(trainer):
+        if not _judges_a_fit(trainer) or "val/reward" not in trainer.callback_metrics:
             return
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
         self.validations.append((epoch, trainer.callback_metrics["val/reward"].item()))

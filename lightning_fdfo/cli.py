@@ -1,14 +1,12 @@
-"""The command `lightning-fdfo`: LightningCLI with FDFOModule and PromptDataModule, and the list of rewards.
+"""LightningCLI with FDFOModule and PromptDataModule: the commands `fit` and `validate`.
 
 lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
 lightning-fdfo validate --config … [--ckpt_path …]
-lightning-fdfo rewards
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,15 +18,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from lightning_fdfo.callbacks import run_folder
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.reward import available_rewards, load_reward_class
 
 CKPT_KEYWORDS = ("last", "best", "hpc")
 """What Lightning takes for `--ckpt_path` beside a file."""
@@ -118,40 +113,13 @@ class FDFOCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
-def list_rewards() -> None:
-    """Prints a table of all installed rewards; one that cannot be loaded is named in a warning, and stays in it."""
-    table = Table("name", "distribution", "version", "range", "needs of a prompt")
-    for name, entry in available_rewards().items():
-        distribution, version = (entry.dist.name, entry.dist.version) if entry.dist is not None else ("?", "?")
-        try:
-            cls = load_reward_class(name)
-        except ConfigurationError as error:
-            warnings.warn(str(error), stacklevel=2)
-            table.add_row(name, distribution, version, "cannot be loaded", "")
-            continue
-        low, high = cls.range
-        needs = cls.needs or ", ".join(f'metadata "{key}"' for key in cls.required_metadata) or "nothing"
-        table.add_row(name, distribution, version, f"{low:g} … {high:g}", needs)
-    if not table.rows:
-        print("No rewards are installed: pip install lightning-fdfo-rewards")
-        return
-    Console().print(table)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; errors that the user can mend end in one line and exit code 2."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    sys.argv = [sys.argv[0], *arguments]
+def main() -> None:
+    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2."""
     transformers.logging.set_verbosity_error()
     import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
 
     try:
-        if arguments[:1] == ["rewards"]:
-            if arguments[1:]:
-                raise ConfigurationError(f"lightning-fdfo rewards takes no arguments, got {arguments[1:]}")
-            list_rewards()
-        else:
-            FDFOCLI()
+        FDFOCLI()
     except ConfigurationError as error:
         _fail(str(error))
 

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""Two exceptions: the user can mend this; a reward failed."""
 
 
 class ConfigurationError(ValueError):
@@ -6,4 +6,11 @@ class ConfigurationError(ValueError):
 
     The message says what was expected, what came, and how to mend it. On the command line it is printed in one
     line, without a traceback, and the exit code is 2.
+    """
+
+
+class RewardError(RuntimeError):
+    """A reward raised an exception, or gave something that is no score.
+
+    The message names the reward and the distribution that it comes from. It is never turned into a score.
     """

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_settings, fill_frozen
-from lightning_fdfo.data import IndexedPrompt, Prompt
+from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import FlowModel, LoRA
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
-from lightning_fdfo.reward import RewardMix
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 
@@ -141,6 +142,12 @@ class FDFOModule(LightningModule):
 
     # Set-up: first all that needs no weights, then the model
 
+    def prepare_data(self) -> None:
+        """Fetches the rewards' weights, on one process of each machine, before any model is loaded."""
+        self.rewards.fetch()
+        if self.metrics is not None:
+            self.metrics.fetch()
+
     def setup(self, stage: str) -> None:
         """Checks the model's folder and derives the batch arithmetic."""
         if self.trainer.precision not in PRECISIONS:
@@ -227,6 +234,7 @@ class FDFOModule(LightningModule):
         """The training loader: each epoch it rolls out pairs of `prompts` and yields their points."""
         return RolloutLoader(
             self._roll_out,
+            self._judge,
             prompts,
             self.plan,
             seed=self.seed,
@@ -234,7 +242,6 @@ class FDFOModule(LightningModule):
             rank=self.trainer.global_rank,
             chunk_size=self.sampling.rollout_batch_size,
             epoch=lambda: self.current_epoch,
-            on_rollout=self._note_rollout,
             track=self._track,
         )
 
@@ -251,9 +258,12 @@ class FDFOModule(LightningModule):
                 device=self.device,
             )
 
-    def _note_rollout(self, rollout: Rollout) -> None:
-        self._rollout_metrics = rollout_metrics(rollout, self._all_sum)
+    def _judge(self, rollout: Rollout) -> Tensor:
+        """Half differences of the mixture's total, once every device's pairs have told the scales."""
+        self.rewards.update_scales(self.current_epoch, rollout.scores, self._all_sum)
+        self._rollout_metrics = rollout_metrics(rollout, self.rewards, self._all_sum)
         self._training_started = time.perf_counter()
+        return torch.stack(list(self.rewards.differences(rollout.scores).values())).sum(dim=0)
 
     def _all_sum(self, values: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
@@ -325,25 +335,27 @@ class FDFOModule(LightningModule):
         """Paints the prompts from fixed latents without churn and scores them.
 
         Returns:
-            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], for callbacks.
+            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], for callbacks. The total, `reward`, is left out
+            before the first rollout if a term is divided by its deviation, which no one knows yet.
         """
         prompts = [row.prompt for row in batch]
         images = paint(
             self.flow, prompts, [row.place for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
         )
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        total, terms = self.rewards(images, texts, metadata)
-        scores = {"reward": total, **terms}
+        terms = self.rewards(images, texts, metadata)
+        scores = ({"reward": self.rewards.total(terms)} if self.rewards.scales_known else {}) | terms
         if self.metrics is not None:
-            scores |= self.metrics(images, texts, metadata).terms
+            scores |= self.metrics(images, texts, metadata)
         self._log_epoch({f"val/{name}": value.mean() for name, value in scores.items()}, len(batch))
         return {"images": images.cpu(), "prompts": texts, "scores": scores}
 
     # Checkpoints: only what trains
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only, and notes what they mean nothing without."""
+        """Keeps the trainable weights only, notes what they mean nothing without, and adds the rewards' scales."""
         checkpoint["fdfo"] = self._identity()
+        checkpoint["reward_scales"] = self.rewards.state_dict()
         names = self._trainable_names()
         checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
 
@@ -357,6 +369,7 @@ class FDFOModule(LightningModule):
         if not self.trainer.training:
             settings.pop("seed")  # judging weights with other latents is fine, going on with others is not
         check_settings(checkpoint.get("fdfo", {}), settings)
+        self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
         checkpoint["state_dict"] = fill_frozen(checkpoint["state_dict"], self.state_dict(), self._trainable_names())
 
     def _identity(self) -> dict[str, float | None]:

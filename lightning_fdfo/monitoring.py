@@ -2,45 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from lightning_fdfo.objective import half_differences
+from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout
 
+Key = tuple[str, ...]
 
-def rollout_metrics(rollout: Rollout, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+
+def rollout_metrics(rollout: Rollout, rewards: RewardMix, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Means and deviations of an epoch's rewards and pairs.
+
+    For the total, as `reward`, and for each term, as `reward/NAME`:
+
+    - `/mean`, `/std` of the scores;
+    - `/difference`: mean |half difference| of a pair;
+    - `/ties`: share of pairs with equal scores.
+
+    For each term with a weight, `reward/NAME/share` of the total's differences,
+
+        share_t = sum_i sign(total_i) * difference_ti / sum_i |total_i|        total_i = sum_t difference_ti
+
+    Shares sum to 1; a term that is mostly outvoted has a negative one. Left out if no pair differs.
+
+    For two terms, `reward/A/agrees_with/B`: share of pairs of which both prefer the same branch, among those that are a
+    tie for neither. Left out if there are none.
+
+    And `rollout/pair_distance` (rms of the half difference of the final latents), `rollout/images_per_second`.
 
     Args:
         rollout: this device's pairs.
+        rewards: the mixture that scored it, its scales up to date.
         all_sum: sums a tensor over devices; the identity on one.
-
-    Returns:
-        `reward/mean`, `reward/std`, `reward/difference` (mean |half difference|), `reward/ties` (share of pairs with
-        equal totals), `reward/NAME/mean`, `reward/NAME/std`, `rollout/pair_distance` (rms of the half difference of the
-        final latents), `rollout/images_per_second`.
     """
-    metrics = {}
-    num_images = all_sum(torch.tensor([float(len(rollout.scores.total))], dtype=torch.float64)).item()
-    for name, scores in {"reward": rollout.scores.total, **_named(rollout.scores.terms)}.items():
-        powers = torch.stack([scores.double(), scores.double() ** 2], dim=1)
-        mean, mean_square = (all_sum(powers.sum(dim=0)) / num_images).tolist()
-        metrics[f"{name}/mean"] = mean
-        metrics[f"{name}/std"] = max(mean_square - mean**2, 0.0) ** 0.5
-    difference = half_differences(rollout.scores.total)
-    distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
-    sums = torch.stack([difference.abs().sum(), (difference == 0).float().sum(), distance.sum()]).double()
-    absolute, ties, distances = (all_sum(sums) / num_images).tolist()
-    return metrics | {
-        "reward/difference": absolute,
-        "reward/ties": ties,
-        "rollout/pair_distance": distances**0.5,
-        "rollout/images_per_second": num_images / rollout.seconds,
+    sums = dict(_sums(rollout, rewards))
+    over_devices = all_sum(torch.stack([value.double() for value in sums.values()])).tolist()
+    total = dict(zip(sums, over_devices, strict=True))
+    count = total["images",]
+    metrics = {
+        "rollout/pair_distance": (total["distance",] / count) ** 0.5,
+        "rollout/images_per_second": count / rollout.seconds,
     }
+    for name, what in [key for key in total if len(key) == 2]:
+        value = total[name, what]
+        if what == "mean":
+            mean, mean_square = value / count, total[name, "square"] / count
+            metrics |= {f"{name}/mean": mean, f"{name}/std": max(mean_square - mean**2, 0.0) ** 0.5}
+        elif what in ("difference", "ties"):
+            metrics[f"{name}/{what}"] = value / count
+        elif what == "share" and total["reward", "difference"]:
+            metrics[f"{name}/share"] = value / total["reward", "difference"]
+    for first, second, _ in [key for key in total if key[-1] == "decided" and total[key]]:
+        agreed = total[first, second, "agreed"] / total[first, second, "decided"]
+        metrics[f"reward/{first}/agrees_with/{second}"] = agreed
+    return metrics
 
 
-def _named(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"reward/{name}": scores for name, scores in terms.items()}
+def _sums(rollout: Rollout, rewards: RewardMix) -> Iterator[tuple[Key, Tensor]]:
+    """Sums over this device's images from which all of the above follows."""
+    scores = rollout.scores
+    distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
+    yield ("images",), torch.tensor(float(len(distance)))
+    yield ("distance",), distance.sum()
+    parts = rewards.differences(scores)
+    difference = torch.stack(list(parts.values())).sum(dim=0)
+    yield from _sums_of_one("reward", rewards.total(scores), difference)
+    for name, score in scores.items():
+        yield from _sums_of_one(f"reward/{name}", score, half_differences(score))
+        if rewards.terms[name].weight:
+            yield (f"reward/{name}", "share"), (difference.sign() * parts[name]).sum()
+    for first, second in combinations(scores, 2):
+        votes = rewards.preference(first, scores) * rewards.preference(second, scores)
+        yield (first, second, "agreed"), (votes > 0).sum()
+        yield (first, second, "decided"), (votes != 0).sum()
+
+
+def _sums_of_one(name: str, score: Tensor, difference: Tensor) -> Iterator[tuple[Key, Tensor]]:
+    yield (name, "mean"), score.double().sum()
+    yield (name, "square"), score.double().pow(2).sum()
+    yield (name, "difference"), difference.double().abs().sum()
+    yield (name, "ties"), (difference == 0).sum()

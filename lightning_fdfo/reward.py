@@ -1,47 +1,45 @@
-"""Rewards: the contract, the registry of entry points, and their weighted sum.
+"""Rewards: the contract, and the registry of entry points.
 
 A reward is a class that scores images. It becomes known by an entry point of its distribution:
 
     [project.entry-points."lightning_fdfo.rewards"]
     JPEGSize = "lightning_fdfo_rewards.jpeg_size:JPEGSize"
 
-and is then mixed by name in a configuration, or by a dotted path (`my_package.my_module.MyReward`) without packaging:
-
-    rewards:
-      OCR: 1.0                                              # name: weight
-      small: {reward: {class_path: JPEGSize, init_args: {sign: -1}}, weight: 0.1}
-      watched: {reward: JPEGSize, weight: 0}                # scored and logged, not trained on
-
-Plugins are code: installing one is trusting it.
+or is named by a dotted path (`my_package.my_module.MyReward`), without packaging; a path may lead to a plain function
+of images, prompts and metadata as well. Plugins are code: installing one is trusting it.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.weights import Weights
 
 ENTRY_POINT_GROUP = "lightning_fdfo.rewards"
 
 Metadata = Mapping[str, Any]
+Scorer = Callable[..., Tensor]
+"""A plain function as a reward: `(images, prompts, metadata, **options) -> [N]`."""
 
 
 class Reward(ABC):
     """Scores images. Not an nn.Module: it stays out of state_dict, DDP and sharding.
 
-    `__init__` stores options and imports nothing heavy; `setup` loads weights once.
+    `__init__` stores options, as public attributes, and imports nothing heavy. `setup` loads what they name, once, into
+    attributes that start with an underscore. So a reward pickles by its configuration: underscored attributes are left
+    out, and the copy is set up anew where it arrives. `lightning_fdfo.testing.check_reward` checks all of it.
 
     Example:
         >>> class Brightness(Reward):
@@ -54,32 +52,81 @@ class Reward(ABC):
 
     range: tuple[float, float] = (float("-inf"), float("inf"))
     """Lowest and highest score that can come, with the options' defaults; an instance may have its own."""
+    higher_is_better: bool = True
+    """False for a cost: a mixture then turns its sign, so that a positive weight always asks for better images."""
     required_metadata: tuple[str, ...] = ()
     """Keys that each prompt's metadata must have."""
     needs: str = ""
-    """What it needs of a prompt, in words, where `required_metadata` does not say it all."""
+    """What it needs of a prompt, in words, where `required_metadata` does not say it all; empty: nothing."""
+    weights: tuple[Weights, ...] = ()
+    """What `setup` loads, with the options' defaults; an instance may have its own."""
+    packaged_weights: str = ""
+    """Weights that came with an installed package: which, and their licence, in words."""
+    device: str | None = None
+    """Where it runs, if not beside the flow: "cpu" for a reward that has no use for a GPU."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its class's name."""
+        return type(self).__name__
+
+    def fetch(self) -> None:
+        """Fetches its weights into the cache; called on one process of each machine, before any model is loaded."""
+        for weights in self.weights:
+            weights.fetch()
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - a reward without weights has nothing to set up
-        """Loads weights onto `device`, once; called before the first score."""
+        """Loads weights onto `device`, once; called before the first score, perhaps more than once."""
 
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError if this prompt cannot be scored; called for each prompt before any model loads."""
         missing = [key for key in self.required_metadata if key not in metadata]
         if missing:
-            raise ConfigurationError(f"{type(self).__name__} needs metadata {missing}, got keys {sorted(metadata)}")
+            raise ConfigurationError(f"{self.name} needs metadata {missing}, got keys {sorted(metadata)}")
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch.
 
         Args:
-            images: [N, 3, H, W], float32 in [0, 1].
+            images: [N, 3, H, W], float32 in [0, 1], on the device of `setup`.
             prompts: N strings.
             metadata: N mappings.
 
         Returns:
-            [N], float32, finite, higher is better.
+            [N], float32, finite, on the images' device or the CPU.
         """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its configuration: public attributes only."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+class FunctionReward(Reward):
+    """A plain function as a reward.
+
+    Args:
+        function: `function(images, prompts, metadata, **options) -> [N]`, as `Reward.__call__`.
+        options: keyword arguments for it.
+
+    Example:
+        >>> brightest = FunctionReward(lambda images, prompts, metadata: images.amax(dim=(1, 2, 3)))
+        >>> brightest(torch.ones(1, 3, 2, 2), [""], [{}])
+        tensor([1.])
+    """
+
+    def __init__(self, function: Scorer, **options: Any) -> None:
+        self.function = functools.partial(function, **options) if options else function
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        return getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Calls it."""
+        return self.function(images, prompts, metadata)
 
 
 def available_rewards() -> Mapping[str, EntryPoint]:
@@ -103,11 +150,11 @@ def _entries_by_name() -> dict[str, list[EntryPoint]]:
 
 
 def load_reward(name: str, **init_args: Any) -> Reward:
-    """An instance of a reward, by its registered name or its class's dotted path.
+    """An instance of a reward, by its registered name or by a dotted path.
 
     Args:
-        name: `OCR`, or `my_package.my_module.MyReward`.
-        init_args: options of its class.
+        name: `OCR`, or `my_package.my_module.MyReward`, or `my_package.my_module.my_function`.
+        init_args: options of its class, or keyword arguments for the function.
 
     Raises:
         ConfigurationError: unknown name, one that two distributions give, a plugin that cannot be imported, options
@@ -117,17 +164,17 @@ def load_reward(name: str, **init_args: Any) -> Reward:
         >>> load_reward("JPEGSize", quality=80).quality
         80
     """
-    cls = load_reward_class(name)
+    found = load_reward_class(name)
     try:
-        return cls(**init_args)
+        return found(**init_args) if isinstance(found, type) else _bind(found, init_args)
     except ConfigurationError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"reward {name}{inspect.signature(cls)}: {error}") from error
+        raise ConfigurationError(f"reward {name}{inspect.signature(found)}: {error}") from error
 
 
-def load_reward_class(name: str) -> type[Reward]:
-    """The class of a reward, by registered name or dotted path; raises as `load_reward` does."""
+def load_reward_class(name: str) -> type[Reward] | Scorer:
+    """What a registered name or a dotted path leads to: a class, or a plain function; raises as `load_reward` does."""
     entries = [] if "." in name else _entries_by_name().get(name, [])
     if not entries and "." not in name:
         raise ConfigurationError(_unknown(name))
@@ -139,114 +186,43 @@ def load_reward_class(name: str) -> type[Reward]:
     entry = entries[0] if entries else None
     try:
         if entry is not None:
-            cls = entry.load()
+            found = entry.load()
         else:
             module, _, attribute = name.rpartition(".")
-            cls = getattr(importlib.import_module(module), attribute)
+            found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a plugin is foreign code: whatever it raises is told with its name
         origin = f" of {_distribution(entry)}" if entry is not None else ""
-        raise ConfigurationError(f"reward {name!r}{origin} cannot be imported: {error!r}") from error
-    if not (isinstance(cls, type) and issubclass(cls, Reward)):
-        raise ConfigurationError(f"reward {name!r}: expected a subclass of lightning_fdfo.Reward, got {cls!r}")
-    return cls
+        cure = "update or uninstall that distribution" if entry is not None else "check the path, and that it imports"
+        raise ConfigurationError(f"reward {name!r}{origin} cannot be imported: {error!r}; {cure}") from error
+    if not (issubclass(found, Reward) if isinstance(found, type) else callable(found)):
+        raise ConfigurationError(
+            f"reward {name!r}: expected a subclass of lightning_fdfo.Reward or a function, got {found!r}"
+        )
+    return found  # type: ignore[no-any-return]
 
 
-class RewardScores(NamedTuple):
-    """A mixture's scores of a batch."""
-
-    total: Tensor
-    """[N], float32: the weighted sum"""
-    terms: dict[str, Tensor]
-    """name -> [N], float32: each reward's own scores, unweighted"""
+def as_reward(scorer: Reward | Scorer) -> Reward:
+    """A reward as it is; a plain function in a FunctionReward."""
+    return scorer if isinstance(scorer, Reward) else FunctionReward(scorer)
 
 
-@dataclass(frozen=True)
-class RewardTerm:
-    """One reward of a mixture."""
-
-    reward: Reward | Callable[[Tensor, Sequence[str], Sequence[Metadata]], Tensor]
-    weight: float = 1.0
-
-
-class RewardMix:
-    """A weighted sum of rewards.
-
-    Args:
-        terms: name -> weight, or name -> `{reward: NAME or {class_path, init_args}, weight}`, or (in Python)
-            name -> RewardTerm. The short form's name is the reward's; the long form's is free, so that one class can
-            come several times. Weight 0 scores and logs without training on it.
-
-    Raises:
-        ConfigurationError: nothing in it, an unknown key or reward, a weight that is no number.
+def describe(reward: Reward) -> str:
+    """A reward's class and the distribution that it comes from, for messages.
 
     Example:
-        >>> mix = RewardMix({"JPEGSize": 1.0, "again": {"reward": "JPEGSize", "weight": 0}})
-        >>> scores = mix(torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
-        >>> sorted(scores.terms), bool((scores.total == scores.terms["JPEGSize"]).all())
-        (['JPEGSize', 'again'], True)
+        >>> describe(load_reward("JPEGSize"))
+        'JPEGSize of lightning-fdfo-rewards'
     """
-
-    def __init__(self, terms: Mapping[str, Any]) -> None:
-        if not terms:
-            raise ConfigurationError("rewards: expected at least one, e.g. rewards: {OCR: 1.0}, got none")
-        self.terms = {name: _parse_term(name, value) for name, value in terms.items()}
-
-    def setup(self, device: torch.device) -> None:
-        """Sets up each reward."""
-        for term in self.terms.values():
-            if isinstance(term.reward, Reward):
-                term.reward.setup(device)
-
-    def check(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ConfigurationError if a reward cannot score this prompt."""
-        for term in self.terms.values():
-            if isinstance(term.reward, Reward):
-                term.reward.check(prompt, metadata)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> RewardScores:
-        """Scores a batch; arguments as for `Reward.__call__`.
-
-        Raises:
-            ValueError: a reward gave another shape, or a number that is not finite. A failure is never a score.
-        """
-        scores = {}
-        for name, term in self.terms.items():
-            with torch.autocast(images.device.type, enabled=False):  # a score's digits are not the trainer's to cut
-                score = torch.as_tensor(term.reward(images, prompts, metadata)).detach().float().cpu()
-            if score.shape != (len(images),):
-                raise ValueError(f"reward {name!r}: expected [{len(images)}] scores, got shape {list(score.shape)}")
-            if not bool(score.isfinite().all()):
-                row = int((~score.isfinite()).nonzero()[0])
-                raise ValueError(f"reward {name!r}: score {score[row].item()} for prompt {prompts[row]!r}")
-            scores[name] = score
-        total = sum(term.weight * scores[name] for name, term in self.terms.items() if term.weight)
-        return RewardScores(total if isinstance(total, Tensor) else torch.zeros(len(images)), scores)
+    source = reward.function if isinstance(reward, FunctionReward) else type(reward)
+    module = getattr(source, "__module__", None) or type(source).__module__
+    names = packages_distributions().get(module.partition(".")[0], [])
+    return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
 
 
-def _parse_term(name: str, value: Any) -> RewardTerm:
-    """One entry of a mixture, short form or long."""
-    if isinstance(value, RewardTerm):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return RewardTerm(load_reward(name), float(value))
-    expected = f"rewards.{name}: expected a weight or {{reward: NAME or {{class_path, init_args}}, weight: NUMBER}}"
-    if not isinstance(value, Mapping) or "reward" not in value or set(value) - {"reward", "weight"}:
-        raise ConfigurationError(f"{expected}, got {value!r}")
-    weight = value.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
-        raise ConfigurationError(f"{expected}, got weight {weight!r}")
-    reward = value["reward"]
-    if isinstance(reward, str):
-        return RewardTerm(load_reward(reward), float(weight))
-    if isinstance(reward, Mapping):
-        class_path, init_args = reward.get("class_path"), reward.get("init_args") or {}
-        known = not set(reward) - {"class_path", "init_args"}
-        if not known or not isinstance(class_path, str) or not isinstance(init_args, Mapping):
-            raise ConfigurationError(f"{expected}, got reward {dict(reward)!r}")
-        return RewardTerm(load_reward(class_path, **init_args), float(weight))
-    if callable(reward):
-        return RewardTerm(reward, float(weight))
-    raise ConfigurationError(f"{expected}, got reward {reward!r}")
+def _bind(function: Scorer, init_args: Mapping[str, Any]) -> Reward:
+    """A function with its options; raises TypeError for those that it does not take."""
+    inspect.signature(function).bind(None, None, None, **init_args)
+    return FunctionReward(function, **init_args)
 
 
 def _distribution(entry: EntryPoint) -> str:

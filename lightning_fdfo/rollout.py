@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fdfo.data import Prompt
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
-from lightning_fdfo.reward import RewardMix, RewardScores
+from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
 from lightning_fdfo.schedules import churn_schedule
 
@@ -69,8 +69,8 @@ class Rollout(NamedTuple):
     """latents [2P, T+1, ...] and velocities [2P, T, ...]"""
     conditioning: Conditioning
     """P rows"""
-    scores: RewardScores
-    """total and terms, each [2P]"""
+    scores: dict[str, Tensor]
+    """name of a reward -> [2P], unweighted"""
     seconds: float
     """time that it took"""
 
@@ -85,10 +85,7 @@ class Rollout(NamedTuple):
                 torch.cat([part.trajectories.velocities for part in parts]),
             ),
             Conditioning.cat([part.conditioning for part in parts]),
-            RewardScores(
-                torch.cat([part.scores.total for part in parts]),
-                {name: torch.cat([part.scores.terms[name] for part in parts]) for name in parts[0].scores.terms},
-            ),
+            {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
             sum(part.seconds for part in parts),
         )
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.data import Prompt
 from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.objective import Normalization, direction, half_differences
+from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, prompt_rows
 from lightning_fdfo.rollout import Rollout
 
@@ -69,12 +69,19 @@ def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: 
 
 
 def deal_points(
-    rollout: Rollout, plan: BatchPlan, *, seed: int, epoch: int, normalization: Normalization
+    rollout: Rollout,
+    reward_difference: Tensor,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    epoch: int,
+    normalization: Normalization,
 ) -> Iterator[TrajectoryPoints]:
     """The batches of an epoch: each update takes the same number of points from every pair.
 
     Args:
         rollout: this device's pairs.
+        reward_difference: [2P], half differences of the mixture's total.
         plan: the epoch's arithmetic.
         seed: the run's.
         epoch: the current one.
@@ -82,7 +89,6 @@ def deal_points(
     """
     latents, velocities = rollout.trajectories
     directions = direction(half_differences(latents[:, -1]), normalization)
-    differences = half_differences(rollout.scores.total)
     num_steps = velocities.shape[1]
     chosen = torch.stack(
         [choose_points(seed, epoch, pair, num_steps, plan.points_per_pair) for pair in rollout.pairs], dim=1
@@ -98,7 +104,7 @@ def deal_points(
             rollout.sigmas[step],
             velocities[row, step],
             directions[row],
-            differences[row],
+            reward_difference[row],
             rollout.conditioning[pair],
         )
 
@@ -110,6 +116,7 @@ class RolloutLoader:
 
     Args:
         roll_out: `roll_out(prompts, pairs) -> Rollout` for the current epoch.
+        judge: `judge(rollout) -> [2P]`: half differences of the total, called once the whole epoch has been rolled out.
         prompts: the training prompts.
         plan: the epoch's arithmetic.
         seed: the run's.
@@ -117,13 +124,13 @@ class RolloutLoader:
         rank: this device's number; it takes pairs rank * P … (rank + 1) * P - 1.
         chunk_size: pairs that are rolled out at once.
         epoch: `epoch() -> int`, the current one.
-        on_rollout: called with the finished Rollout.
         track: wraps the iterator over chunks, for a progress bar.
     """
 
     def __init__(
         self,
         roll_out: Callable[[Sequence[Prompt], Sequence[int]], Rollout],
+        judge: Callable[[Rollout], Tensor],
         prompts: Sequence[Prompt],
         plan: BatchPlan,
         *,
@@ -132,10 +139,10 @@ class RolloutLoader:
         rank: int,
         chunk_size: int,
         epoch: Callable[[], int],
-        on_rollout: Callable[[Rollout], None] = lambda rollout: None,
         track: Callable[[Sequence[range]], Iterator[range]] = iter,
     ) -> None:
         self.roll_out = roll_out
+        self.judge = judge
         self.prompts = prompts
         self.plan = plan
         self.seed = seed
@@ -143,7 +150,6 @@ class RolloutLoader:
         self.rank = rank
         self.chunk_size = chunk_size
         self.epoch = epoch
-        self.on_rollout = on_rollout
         self.track = track
 
     def __len__(self) -> int:
@@ -160,5 +166,11 @@ class RolloutLoader:
             prompts = [self.prompts[rows[pair - first]] for pair in chunk]
             parts.append(self.roll_out(prompts, chunk))
         rollout = Rollout.cat(parts)
-        self.on_rollout(rollout)
-        yield from deal_points(rollout, self.plan, seed=self.seed, epoch=epoch, normalization=self.normalization)
+        yield from deal_points(
+            rollout,
+            self.judge(rollout),
+            self.plan,
+            seed=self.seed,
+            epoch=epoch,
+            normalization=self.normalization,
+        )

@@ -7,7 +7,7 @@ import yaml
 
 import lightning_fdfo.flows  # noqa: F401 - short class names
 from lightning_fdfo.cli import FDFOCLI, FDFOArgumentParser
-from lightning_fdfo.data import read_prompts
+from lightning_fdfo.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

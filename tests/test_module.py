@@ -8,11 +8,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
+from lightning_fdfo.callbacks import BeforeAfter, RewardCurve
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.objective import velocity_objective
-from lightning_fdfo.reward import RewardTerm
+from lightning_fdfo.reward_mix import RewardTerm
 from tests.conftest import ToyFlow, brightness
+
+NUMBERS = ("mean", "std", "difference", "ties", "share")
+"""What is logged of each reward."""
 
 
 class Recorder(Callback):
@@ -50,7 +54,7 @@ def test_what_is_logged(toy_module, fit):
     assert set(first) == {
         "mean_reward",
         "reward/mean", "reward/std", "reward/difference", "reward/ties",
-        "reward/brightness/mean", "reward/brightness/std", "reward/flat/mean", "reward/flat/std",
+        *(f"reward/{name}/{number}" for name in ("brightness", "flat") for number in NUMBERS),
         "rollout/pair_distance", "rollout/images_per_second",
         "train/loss", "train/ratio", "train/clip_fraction", "train/grad_norm", "train/learning_rate",
         "train/points_per_second",
@@ -126,8 +130,9 @@ def checkpoints(folder):
 
 
 def test_stop_and_resume_is_no_stop_to_the_bit(toy_module, fit, weights, tmp_path):
-    """20 epochs, and 10 + 10: the same weights and optimiser, also with a scheduler and accumulation."""
+    """20 epochs, and 10 + 10: the same weights, optimiser and scales, also with a scheduler and accumulation."""
     options = {
+        "rewards": {"brightness": RewardTerm(brightness, 1.0, "std"), "red": RewardTerm(redness, -0.1, "std")},
         "batch_size": 16,
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40),
     }
@@ -141,6 +146,44 @@ def test_stop_and_resume_is_no_stop_to_the_bit(toy_module, fit, weights, tmp_pat
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
     states = [trainer.optimizers[0].state_dict()["state"] for trainer in (trainer_a, trainer_b)]
     assert all(torch.equal(states[0][i][key], states[1][i][key]) for i in states[0] for key in states[0][i])
+    assert resumed.rewards.state_dict() == whole.rewards.state_dict()
+    assert resumed.rewards.running["red"].total[0] == 20 * 2 * 16
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean(dim=(1, 2))
+
+
+def test_a_scaled_rewards_unit_changes_nothing(toy_module, fit, weights):
+    results = []
+    for gain in (1.0, 512.0):  # a power of two: to the bit
+        rewards = {
+            "brightness": RewardTerm(lambda *batch, gain=gain: gain * brightness(*batch), 1.0, "std"),
+            "red": RewardTerm(redness, -0.2, "std"),
+        }
+        module = toy_module(rewards=rewards)
+        fit(module, 3)
+        results.append(weights(module))
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_before_the_first_rollout_a_scaled_mixture_has_terms_and_no_total(toy_module, fit, tmp_path):
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("x\n")
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+            seen.append(set(outputs["scores"]))
+
+    rewards = {"brightness": RewardTerm(brightness, 1.0, "std")}
+    curve = RewardCurve()
+    fit(
+        toy_module(rewards=rewards), 2, val=str(prompts), callbacks=[Watch(), curve, BeforeAfter()],
+        num_sanity_val_steps=-1,
+    )  # fmt: skip
+    assert seen == [{"brightness"}, {"brightness", "reward"}, {"brightness", "reward"}]
+    assert [epoch for epoch, _ in curve.validations] == [1, 2]
 
 
 def test_a_checkpoint_holds_what_trains_and_is_strict(toy_module, fit, tmp_path):

@@ -1,12 +1,15 @@
+import pickle
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
-from lightning_fdfo import Reward, RewardMix, reward
+import lightning_fdfo
+from lightning_fdfo import Reward, reward
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward import RewardTerm, available_rewards, load_reward
+from lightning_fdfo.reward import available_rewards, describe, load_reward
 
 
 class Constant(Reward):
@@ -25,8 +28,14 @@ class Constant(Reward):
         return torch.full((len(images),), self.value)
 
 
+def shade(images, prompts, metadata, gain=1.0):
+    """A plain function as a reward."""
+    return gain * images.mean(dim=(1, 2, 3))
+
+
 HERE = f"{__name__}.Constant"
-IMAGES = torch.zeros(4, 3, 8, 8)
+FUNCTION = f"{__name__}.shade"
+IMAGES = torch.rand(4, 3, 8, 8)
 ROWS = (["p"] * 4, [{}] * 4)
 
 
@@ -85,72 +94,48 @@ def test_a_plugin_that_fails_to_import_is_named(plugins):
 
 def test_dotted_paths_need_no_packaging():
     assert load_reward(HERE, value=3.0).value == 3.0
-    with pytest.raises(ConfigurationError, match=r"expected a subclass of lightning_fdfo.Reward"):
+    with pytest.raises(ConfigurationError, match=r"expected a subclass of lightning_fdfo.Reward or a function"):
         load_reward("pathlib.Path")
     with pytest.raises(ConfigurationError, match="unexpected keyword argument 'volume'"):
         load_reward(HERE, volume=3.0)
 
 
-def test_the_total_is_the_weighted_sum_and_weight_zero_only_watches():
-    mix = RewardMix(
-        {
-            "a": {"reward": {"class_path": HERE, "init_args": {"value": 2.0}}, "weight": 0.5},
-            "b": {"reward": HERE, "weight": 3},
-            "watched": {"reward": {"class_path": HERE, "init_args": {"value": 100.0}}, "weight": 0},
-        }
-    )
-    scores = mix(IMAGES, *ROWS)
-    assert torch.equal(scores.total, torch.full((4,), 0.5 * 2 + 3 * 1))
-    assert {name: term[0].item() for name, term in scores.terms.items()} == {"a": 2, "b": 1, "watched": 100}
+def test_a_dotted_path_may_lead_to_a_plain_function():
+    scorer = load_reward(FUNCTION, gain=2.0)
+    assert scorer.name == "shade"
+    assert torch.equal(scorer(IMAGES, *ROWS), 2 * IMAGES.mean(dim=(1, 2, 3)))
+    with pytest.raises(ConfigurationError, match=r"shade.*unexpected keyword argument 'volume'"):
+        load_reward(FUNCTION, volume=3.0)
 
 
-def test_setup_and_check_reach_each_reward():
-    mix = RewardMix({HERE: 1.0})
-    mix.setup(torch.device("cpu"))
-    assert mix.terms[HERE].reward.device == torch.device("cpu")
+def test_a_reward_pickles_by_its_configuration():
+    constant = load_reward(HERE, value=3.0)
+    constant._model = torch.zeros(10**6)
+    pickled = pickle.dumps(constant)
+    assert len(pickled) < 1000
+    copy = pickle.loads(pickled)
+    assert copy.value == 3.0
+    assert not hasattr(copy, "_model")
+    assert torch.equal(pickle.loads(pickle.dumps(load_reward(FUNCTION)))(IMAGES, *ROWS), shade(IMAGES, *ROWS))
+
+
+def test_a_reward_is_described_with_its_distribution():
+    assert describe(load_reward("JPEGSize")) == "JPEGSize of lightning-fdfo-rewards"
+    assert describe(load_reward(FUNCTION)) == f"shade of the module {__name__}"
+
+
+def test_missing_metadata_is_named():
     with pytest.raises(ConfigurationError, match=r"Constant needs metadata \['answer'\], got keys \['question'\]"):
-        mix.check("p", {"question": 1})
+        load_reward(HERE).check("p", {"question": 1})
 
 
-@pytest.mark.parametrize(
-    ("terms", "message"),
-    [
-        ({}, "expected at least one"),
-        ({"x": "heavy"}, "rewards.x: expected a weight or"),
-        ({"x": True}, "rewards.x: expected a weight or"),
-        ({"x": {"weight": 1}}, "rewards.x: expected a weight or"),
-        ({"x": {"reward": HERE, "wieght": 1}}, "wieght"),
-        ({"x": {"reward": HERE, "weight": "1"}}, "got weight '1'"),
-        ({"x": {"reward": {"class": HERE}}}, "got reward {'class'"),
-        ({"x": {"reward": 7}}, "got reward 7"),
-        ({"Nothing": 1.0}, "unknown reward 'Nothing'"),
-    ],
-)
-def test_mixtures_that_make_no_sense_are_refused(terms, message):
-    with pytest.raises(ConfigurationError, match=message):
-        RewardMix(terms)
-
-
-@pytest.mark.parametrize(
-    ("scores", "message"),
-    [
-        (torch.tensor([1.0, float("nan"), 0, 0]), "'r': score nan for prompt 'p'"),
-        (torch.tensor([1.0, float("-inf"), 0, 0]), "'r': score -inf"),
-        (torch.zeros(3), r"'r': expected \[4\] scores, got shape \[3\]"),
-        (torch.zeros(4, 1), r"got shape \[4, 1\]"),
-    ],
-)
-def test_a_failure_is_never_a_score(scores, message):
-    mix = RewardMix({"r": RewardTerm(lambda *_: scores)})
-    with pytest.raises(ValueError, match=message):
-        mix(IMAGES, *ROWS)
-
-
-def test_rewards_are_scored_outside_of_the_trainers_autocast():
-    weights = torch.randn(3 * 8 * 8, 1)
-    mix = RewardMix({"linear": RewardTerm(lambda images, *_: (images.flatten(1) @ weights)[:, 0])})
-    images = torch.rand(4, 3, 8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (images.flatten(1) @ weights).dtype == torch.bfloat16
-        inside = mix(images, *ROWS).total
-    assert torch.equal(inside, mix(images, *ROWS).total)
+def test_public_names_come_from_the_root_and_cost_nothing_until_used():
+    script = (
+        "import sys, lightning_fdfo; from lightning_fdfo import Reward; "
+        "print('lightning' in sys.modules, 'diffusers' in sys.modules); "
+        "print(all(getattr(lightning_fdfo, name) for name in lightning_fdfo.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True"]
+    with pytest.raises(AttributeError, match="no attribute 'Rewrad'"):
+        lightning_fdfo.Rewrad  # noqa: B018

@@ -3,9 +3,9 @@ import torch
 
 from lightning_fdfo import RewardMix, Sampling
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.data import Prompt
 from lightning_fdfo.objective import direction, half_differences
-from lightning_fdfo.reward import RewardTerm
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward_mix import RewardTerm
 from lightning_fdfo.rollout import paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
@@ -21,6 +21,10 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
     rewards = RewardMix({"brightness": RewardTerm(brightness)})
     prompts = [PROMPTS[pair % 3] for pair in pairs]
     return roll_out(flow, rewards, prompts, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
+
+
+def judge(rollout):
+    return half_differences(rollout.scores["brightness"])
 
 
 def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
@@ -39,7 +43,15 @@ def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
         return make_rollout(pairs)
 
     return RolloutLoader(
-        run, PROMPTS, plan, seed=0, normalization="mean_square", rank=rank, chunk_size=chunk_size, epoch=lambda: 0
+        run,
+        judge,
+        PROMPTS,
+        plan,
+        seed=0,
+        normalization="mean_square",
+        rank=rank,
+        chunk_size=chunk_size,
+        epoch=lambda: 0,
     )
 
 
@@ -47,7 +59,7 @@ def test_shapes_and_rest():
     rollout = make_rollout()
     assert rollout.trajectories.latents.shape == (8, 7, 3, 2, 2)
     assert rollout.trajectories.velocities.shape == (8, 6, 3, 2, 2)
-    assert rollout.scores.total.shape == (8,)
+    assert rollout.scores["brightness"].shape == (8,)
     assert not rollout.trajectories.latents.requires_grad
 
 
@@ -87,14 +99,14 @@ def test_points_are_stratified_in_time_and_equally_likely(num_points):
 def test_batches_hold_what_the_rollout_saw():
     rollout = make_rollout(range(8))
     plan = BatchPlan(num_pairs=8, updates_per_epoch=1, points_per_pair=12, batch_size=96)
-    (batch,) = deal_points(rollout, plan, seed=0, epoch=0, normalization="mean_square")
+    (batch,) = deal_points(rollout, judge(rollout), plan, seed=0, epoch=0, normalization="mean_square")
     flow = ToyFlow()
     flow.load()
     with torch.no_grad():
         replayed = flow.velocity(batch.latents, batch.sigma, batch.conditioning)
     torch.testing.assert_close(replayed, batch.old_velocity)
     ends = rollout.trajectories.latents[:, -1]
-    directions, differences = direction(half_differences(ends)), half_differences(rollout.scores.total)
+    directions, differences = direction(half_differences(ends)), half_differences(rollout.scores["brightness"])
     pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(differences, directions, strict=True)}
     seen = [
         (d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)

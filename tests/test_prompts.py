@@ -1,7 +1,7 @@
 import pytest
 
-from lightning_fdfo.data import read_prompts
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.prompts import read_prompts
 
 
 def write(tmp_path, name, data):

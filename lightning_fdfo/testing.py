@@ -1,0 +1,287 @@
+"""Conformance checks for plugins: what every reward must do, tried out on four small images.
+
+    from lightning_fdfo.testing import check_reward
+
+    def test_it_is_a_reward():
+        check_reward(Redness())
+
+`lightning-fdfo rewards check NAME` runs the same.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.reward import FunctionReward, Metadata, Reward, as_reward, describe
+
+PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
+"""Sample prompts; each has a text in quotes, for rewards that look for one."""
+HEAVY = ("diffusers", "lightning", "onnxruntime", "open_clip", "timm", "torchvision", "transformers")
+"""What importing a reward's module must not import."""
+MAX_PICKLE = 100_000
+"""Bytes: a configuration is smaller, weights are larger."""
+
+
+class ConformanceError(AssertionError):
+    """A reward breaks the contract; the message has a line for each check that failed."""
+
+
+class Result(NamedTuple):
+    """What one check found."""
+
+    check: str
+    """what is asked, in words"""
+    problem: str | None
+    """what came instead, and the cure; None if it passed"""
+
+
+@dataclass
+class Sample:
+    """A reward and something to score."""
+
+    reward: Reward
+    images: Tensor
+    """[4, 3, 64, 64]: a slope, noise, black, white"""
+    prompts: Sequence[str]
+    metadata: Sequence[Metadata]
+    device: torch.device
+    tolerance: float
+
+    def score(self, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
+        """Scores of some of the images, in a copy, so that a reward cannot change the sample."""
+        chosen = (self.images if images is None else images)[rows].clone()
+        return self.reward(chosen, list(self.prompts[rows]), list(self.metadata[rows]))
+
+    def close(self, scores: Tensor, others: Tensor) -> bool:
+        """Whether they agree to the tolerance, relative above 1 and absolute below."""
+        return bool(((scores - others).abs() <= self.tolerance * (1 + others.abs())).all())
+
+
+def check_reward(
+    reward: Reward | Callable[..., Tensor],
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    metadata: Sequence[Metadata] | None = None,
+    device: str = "cpu",
+    tolerance: float = 1e-4,
+) -> None:
+    """Checks that a reward keeps the contract of `lightning_fdfo.Reward`.
+
+    Args:
+        reward: an instance, not set up yet, or a plain function.
+        prompts: four of them, if the sample's do not suit.
+        metadata: four mappings, for a reward that needs some.
+        device: where to try it.
+        tolerance: by which a score may depend on its batch: tolerance * (1 + |score|).
+
+    Raises:
+        ConformanceError: with a line for each check that failed.
+
+    Example:
+        >>> check_reward(lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
+        >>> check_reward(lambda images, prompts, metadata: images.mean())
+        Traceback (most recent call last):
+        ...
+        lightning_fdfo.testing.ConformanceError: <lambda> of the module ...:
+        - gives one finite float32 number an image: expected a tensor of shape [4], got [] of torch.float32...
+    """
+    results = list(run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance))
+    problems = [f"- {result.check}: {result.problem}" for result in results if result.problem]
+    if problems:
+        raise ConformanceError("\n".join([f"{describe(as_reward(reward))}:", *problems]))
+
+
+def run_checks(
+    reward: Reward | Callable[..., Tensor],
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    metadata: Sequence[Metadata] | None = None,
+    device: str = "cpu",
+    tolerance: float = 1e-4,
+) -> Iterator[Result]:
+    """The checks one by one, as `check_reward` runs them; those after a fatal one are left out."""
+    scorer = as_reward(reward)
+    if metadata is None:
+        metadata = [{"text": "427"}, {"text": "12"}, {"text": "YES"}, {"text": "58"}]
+    sample = Sample(scorer, sample_images(64, 64).to(device), prompts, metadata, torch.device(device), tolerance)
+    for check, fatal in CHECKS:
+        assert check.__doc__ is not None  # each check below says what it asks for
+        question = check.__doc__.splitlines()[0].rstrip(".")
+        question = question[0].lower() + question[1:]
+        try:
+            problem = check(sample)
+        except Exception as error:  # a plugin is foreign code
+            problem = str(error) if isinstance(error, ConfigurationError) else f"it raised {error!r}"
+        yield Result(question, problem)
+        if problem and fatal:
+            return
+
+
+def sample_images(height: int, width: int) -> Tensor:
+    """Four images: a slope of colours, noise, black, white: [4, 3, height, width] in [0, 1]."""
+    across = torch.linspace(0, 1, width).expand(height, width)
+    down = torch.linspace(0, 1, height)[:, None].expand(height, width)
+    slope = torch.stack([across, down, 1 - across])
+    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    return torch.stack([slope, noise, torch.zeros_like(slope), torch.ones_like(slope)])
+
+
+def _stays_out_of_modules(sample: Sample) -> str | None:
+    """Keeps its state out of the module tree."""
+    holder = nn.Module()
+    setattr(holder, "reward", sample.reward)  # noqa: B010 - the attribute is no module, as far as types go
+    if isinstance(sample.reward, nn.Module) or list(holder.parameters()) or holder.state_dict():
+        return "a reward must not be an nn.Module: hold the model in an attribute instead"
+    return None
+
+
+def _imports_cheaply(sample: Sample) -> str | None:
+    """Imports nothing heavy with its module."""
+    source = sample.reward.function if isinstance(sample.reward, FunctionReward) else type(sample.reward)
+    module = getattr(source, "__module__", "__main__")
+    if module == "__main__" or not _importable(module):
+        return None  # written in a script or a test: there is no plugin to import
+    script = f"import sys, {module}; print(*({set(HEAVY)!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"`import {module}` fails in a fresh process: {done.stderr.strip().splitlines()[-1]}"
+    heavy = done.stdout.split()
+    return f"`import {module}` imports {', '.join(sorted(heavy))}: import them in setup()" if heavy else None
+
+
+def _importable(module: str) -> bool:
+    """Whether a fresh process finds it."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _checks_prompts(sample: Sample) -> str | None:
+    """Accepts the sample's prompts and metadata."""
+    for prompt, row in zip(sample.prompts, sample.metadata, strict=True):
+        try:
+            sample.reward.check(prompt, row)
+        except ConfigurationError as error:
+            return f"{error}; give the check prompts= and metadata= that suit"
+    return None
+
+
+def _sets_up(sample: Sample) -> str | None:
+    """Can be set up, and again."""
+    sample.reward.fetch()
+    sample.reward.setup(sample.device)
+    sample.reward.setup(sample.device)
+    return None
+
+
+def _gives_scores(sample: Sample) -> str | None:
+    """Gives one finite float32 number an image."""
+    scores = sample.score()
+    if not isinstance(scores, Tensor):
+        return f"expected a tensor, got {type(scores).__name__}"
+    if scores.shape != (4,) or scores.dtype != torch.float32:
+        return f"expected a tensor of shape [4], got {list(scores.shape)} of {scores.dtype}; float32 is wanted"
+    if scores.device.type not in ("cpu", sample.device.type):
+        return f"expected scores on {sample.device} or the CPU, got them on {scores.device}"
+    if not bool(scores.isfinite().all()):
+        return f"got {scores.tolist()} for a slope, noise, black and white: raise an error, or give a finite score"
+    return None
+
+
+def _stays_in_range(sample: Sample) -> str | None:
+    """Stays in its range."""
+    low, high = sample.reward.range
+    if math.isnan(low) or math.isnan(high) or low >= high:
+        return f"expected range = (lowest, highest), got {sample.reward.range}"
+    scores = sample.score().cpu()
+    nearest = scores.clamp(low, high)
+    return None if sample.close(scores, nearest) else f"got {scores.tolist()}, its range says {low} … {high}"
+
+
+def _leaves_no_gradient(sample: Sample) -> str | None:
+    """Leaves no gradient on."""
+    with torch.enable_grad():
+        scores = sample.score()
+        if not torch.is_grad_enabled():
+            return "it turned gradients off for everybody: use `with torch.no_grad():`"
+    return "freeze the model: requires_grad_(False), or score under torch.no_grad()" if scores.requires_grad else None
+
+
+def _is_deterministic(sample: Sample) -> str | None:
+    """Gives the same scores again, and draws no global random numbers."""
+    before = _global_generators()
+    images = sample.images.clone()
+    first, second = sample.score(), sample.reward(images, list(sample.prompts), list(sample.metadata))
+    if not torch.equal(first, second):
+        return f"got {first.tolist()}, then {second.tolist()}"
+    if not torch.equal(images, sample.images):
+        return "it changed the images: work on a copy"
+    if _global_generators() != before:
+        return "it drew from a global generator: use one of its own, with a seed"
+    return None
+
+
+def _global_generators() -> bytes:
+    """The state of torch's, numpy's and Python's, to be compared."""
+    return pickle.dumps((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate()))
+
+
+def _does_not_see_the_batch(sample: Sample) -> str | None:
+    """Scores a batch as one by one."""
+    together = sample.score()
+    alone = torch.cat([sample.score(slice(row, row + 1)) for row in range(4)])
+    return None if sample.close(alone, together) else f"together {together.tolist()}, alone {alone.tolist()}"
+
+
+def _takes_other_sizes(sample: Sample) -> str | None:
+    """Scores images that are not square."""
+    scores = sample.score(images=sample_images(48, 80).to(sample.device))
+    if scores.shape != (4,) or not bool(scores.isfinite().all()):
+        return f"expected 4 finite scores for images of 48 x 80, got {scores.tolist()}"
+    return None
+
+
+def _pickles_by_configuration(sample: Sample) -> str | None:
+    """Pickles by its configuration, without weights."""
+    try:
+        pickled = pickle.dumps(sample.reward)
+    except Exception as error:
+        if isinstance(sample.reward, FunctionReward):
+            return None  # a lambda or a nested function: it stays in this process
+        return f"it cannot be pickled ({error!r}): what setup() makes belongs in attributes that start with _"
+    if len(pickled) > MAX_PICKLE:
+        return f"{len(pickled)} bytes: what setup() makes belongs in attributes that start with _"
+    copy = pickle.loads(pickled)
+    copy.setup(sample.device)
+    scores = copy(sample.images.clone(), list(sample.prompts), list(sample.metadata))
+    return None if torch.equal(scores, sample.score()) else "a copy that was set up anew gives other scores"
+
+
+CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
+    (_stays_out_of_modules, False),
+    (_imports_cheaply, False),
+    (_checks_prompts, True),
+    (_sets_up, True),
+    (_gives_scores, True),
+    (_stays_in_range, False),
+    (_leaves_no_gradient, False),
+    (_is_deterministic, False),
+    (_does_not_see_the_batch, False),
+    (_takes_other_sizes, False),
+    (_pickles_by_configuration, False),
+)
+"""Each check, and whether those after it make no sense if it fails."""

@@ -1,0 +1,98 @@
+"""Aesthetic: LAION's predictor of how much people like an image, whatever it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo_rewards.clip import CLIP, load_clip
+from lightning_fdfo_rewards.clip_score import OPENAI_CLIP
+from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, frozen
+from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
+
+HEAD = Weights(
+    "trl-lib/ddpo-aesthetic-predictor",
+    ("aesthetic-model.pth",),
+    "Apache-2.0 or MIT: see the repository",
+    sha256={"aesthetic-model.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"},
+)
+
+
+class Parts(NamedTuple):
+    """CLIP, and the head on its image embedding."""
+
+    clip: CLIP
+    head: LinearHead
+
+
+class Aesthetic(ModelReward):
+    """A linear head on CLIP's unit image embedding, about 1 to 10.
+
+    Args:
+        head: a hub repository with `aesthetic-model.pth`, or the file (`sac+logos+ava1-l14-linearMSE`). The official
+            file's sha256 is checked; a local file is taken as it is.
+        pretrained: the CLIPModel that the head was trained on: a hub name or a folder.
+        revision: of `pretrained`: branch, tag or commit on the hub.
+        dtype: of CLIP's weights, float32 or bfloat16; the head is always float32.
+        batch_size: images a forward.
+        device: where it runs; None: beside the flow.
+
+    Raises:
+        ConfigurationError: an option out of range; from `fetch`: weights that cannot be had, or a head that is not the
+            official one; from `setup`: a head that does not fit CLIP.
+
+    Example:
+        >>> Aesthetic().weights[0].files
+        ('aesthetic-model.pth',)
+
+    Source: the improved aesthetic predictor of LAION (sac+logos+ava1-l14-linearMSE).
+    """
+
+    needs = ""
+    weights = (HEAD, OPENAI_CLIP)
+
+    def __init__(
+        self,
+        head: str = HEAD.source,
+        pretrained: str = OPENAI_CLIP.source,
+        revision: str = "main",
+        dtype: DType = "float32",
+        batch_size: int = 16,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(dtype, batch_size, device)
+        official = head == HEAD.source
+        self.weights = (
+            HEAD if official else Weights(head, HEAD.files, HEAD.licence),
+            Weights(pretrained, revision=revision, licence=OPENAI_CLIP.licence),
+        )
+
+    def load(self, device: torch.device) -> Parts:
+        """Reads CLIP and the head."""
+        head, folder = (weights.fetch() for weights in self.weights)
+        parts = Parts(load_clip(folder, folder, self.dtype, device), _load_head(head, device))
+        takes, gives = parts.head[0].in_features, parts.clip.model.config.projection_dim
+        if takes != gives:
+            raise ConfigurationError(f"Aesthetic: {head} takes embeddings of {takes} numbers, CLIP gives {gives}")
+        return parts
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores one batch."""
+        parts: Parts = self.model
+        pixels = normalize(crop_to_square(images, parts.clip.image_size))
+        return parts.head(parts.clip.embed_images(pixels))[:, 0]  # type: ignore[no-any-return]
+
+
+@shared
+def _load_head(file: Path, device: torch.device) -> LinearHead:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return frozen(LinearHead(tensors), device)  # type: ignore[return-value]
+    except Exception as error:  # pickle, zip and key errors of a file that is something else
+        raise ConfigurationError(f"Aesthetic: {file} is no aesthetic head: {error}") from error

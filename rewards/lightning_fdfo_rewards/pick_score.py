@@ -1,0 +1,72 @@
+"""PickScore: a CLIP model that was trained on people's choices between two images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.weights import Weights
+from lightning_fdfo_rewards.clip import CLIP, load_clip
+from lightning_fdfo_rewards.model_reward import DType, ModelReward
+from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
+
+PICK_SCORE = Weights("yuvalkirstain/PickScore_v1")
+LAION_TOKENIZER = Weights("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer*.json",), "MIT")
+
+
+class PickScore(ModelReward):
+    """exp(logit_scale) times the cosine of the image's and the prompt's embedding, about 18 to 26.
+
+    That is the scale of the FDFO paper; some others divide it by 26.
+
+    Args:
+        pretrained: a CLIPModel of transformers: a hub name or a folder.
+        tokenizer: a hub name or a folder.
+        revision: of `pretrained`: branch, tag or commit on the hub.
+        dtype: of the weights, float32 or bfloat16.
+        batch_size: images a forward.
+        device: where it runs; None: beside the flow.
+
+    Raises:
+        ConfigurationError: an option out of range; from `fetch`: weights that cannot be had.
+
+    Example:
+        >>> [weights.source for weights in PickScore().weights]
+        ['yuvalkirstain/PickScore_v1', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K']
+
+    Source: Kirstain et al. 2023, arXiv 2305.01569.
+    """
+
+    range = (-100.0, 100.0)
+    needs = "the prompt; 77 tokens are read"
+    weights = (PICK_SCORE, LAION_TOKENIZER)
+
+    def __init__(
+        self,
+        pretrained: str = PICK_SCORE.source,
+        tokenizer: str = LAION_TOKENIZER.source,
+        revision: str = "main",
+        dtype: DType = "float32",
+        batch_size: int = 16,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(dtype, batch_size, device)
+        self.weights = (
+            Weights(pretrained, revision=revision, licence=PICK_SCORE.licence),
+            Weights(tokenizer, LAION_TOKENIZER.files, LAION_TOKENIZER.licence),
+        )
+
+    def load(self, device: torch.device) -> CLIP:
+        """Reads the model and the tokenizer."""
+        model, tokenizer = (weights.fetch() for weights in self.weights)
+        return load_clip(model, tokenizer, self.dtype, device)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores one batch."""
+        clip: CLIP = self.model
+        pixels = normalize(crop_to_square(images, clip.image_size))
+        cosine = (clip.embed_images(pixels) * clip.embed_texts(prompts)).sum(dim=-1)
+        score: Tensor = clip.model.logit_scale.float().exp() * cosine
+        return score

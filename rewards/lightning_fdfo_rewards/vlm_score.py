@@ -1,0 +1,208 @@
+"""VLMScore: a vision-language model is asked whether the image matches the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.reward import Metadata
+from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo_rewards.clip import load_tokenizer
+from lightning_fdfo_rewards.model_reward import DType, ModelReward, frozen
+from lightning_fdfo_rewards.preprocessing import normalize
+
+QWEN = Weights("Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0")
+TEMPLATE = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
+
+_CONTROL = re.compile(r"<\|\w+\|>")
+
+
+class VLMScore(ModelReward):
+    """100 * sigmoid(logit of `yes` - logit of `no`) for the first token of the answer.
+
+    Args:
+        pretrained: a model in the manner of Qwen2.5-VL or Qwen3-VL: a hub name or a folder.
+        template: the question, with `{prompt}` in it.
+        yes: the good answer; one token.
+        no: the bad one; one token.
+        image_size: pixels of a side, to which an image is resized (bilinear, antialiased); a multiple of the model's
+            patches, 28 for Qwen2.5-VL, 32 for Qwen3-VL.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights, float32 or bfloat16.
+        batch_size: images a forward.
+        device: where it runs; None: beside the flow.
+
+    Raises:
+        ConfigurationError: an option out of range; from `check`: a prompt with a control word of the model; from
+            `fetch`: weights that cannot be had; from `setup`: a folder, size or answer that the model cannot do with.
+
+    Example:
+        >>> VLMScore(template="Is this {prompt}?").ask("a cat")
+        'Is this a cat?'
+
+    Source: arXiv 2603.12893; image_size and the question are that paper's.
+    """
+
+    range = (0.0, 100.0)
+    needs = "the prompt"
+    weights = (QWEN,)
+
+    def __init__(
+        self,
+        pretrained: str = QWEN.source,
+        template: str = TEMPLATE,
+        yes: str = "Yes",
+        no: str = "No",
+        image_size: int = 504,
+        revision: str = "main",
+        dtype: DType = "bfloat16",
+        batch_size: int = 8,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(dtype, batch_size, device)
+        if "{prompt}" not in template:
+            raise ConfigurationError(f"VLMScore: expected a template with {{prompt}} in it, got {template!r}")
+        self.template = template
+        self.yes, self.no = yes, no
+        self.image_size = image_size
+        self.weights = (Weights(pretrained, revision=revision, licence="see its repository"),)
+        if pretrained == QWEN.source:
+            self.weights = (Weights(pretrained, revision=revision, licence=QWEN.licence),)
+
+    def check(self, prompt: str, metadata: Metadata) -> None:
+        """Raises ConfigurationError for a prompt that would be read as a part of the conversation's frame."""
+        if found := _CONTROL.search(prompt):
+            raise ConfigurationError(f"VLMScore: {found[0]!r} in {prompt[:80]!r} is a control word of the model")
+
+    def ask(self, prompt: str) -> str:
+        """The question about a prompt."""
+        return self.template.replace("{prompt}", prompt)
+
+    def load(self, device: torch.device) -> Judge:
+        """Reads the model and the tokenizer; what can be checked without the weights is checked first."""
+        folder = self.weights[0].fetch()
+        frame = _read_frame(folder, self.image_size)
+        tokenizer = load_tokenizer(folder)
+        answers = tuple(_single_token(tokenizer, answer) for answer in (self.yes, self.no))
+        return Judge(_load_model(folder, self.dtype, device), tokenizer, frame, answers)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores one batch."""
+        judge: Judge = self.model
+        resized = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return 100 * torch.sigmoid(judge.preference(resized, [self.ask(prompt) for prompt in prompts]))
+
+
+class Frame(NamedTuple):
+    """How the model wants its images, from its own configuration."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Square images [N, 3, S, S] in [0, 1] -> [N (S / patch_size)^2, 3 temporal_patch_size patch_size^2].
+
+        Patches that will be merged into one token stand together; a still image is repeated in time.
+        """
+        pixels = normalize(images, self.mean, self.std)
+        count, grid = len(pixels), pixels.shape[-1] // self.patch_size
+        coarse = grid // self.merge_size
+        blocks = pixels.reshape(count, 3, coarse, self.merge_size, self.patch_size, coarse, self.merge_size, -1)
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
+        repeated = blocks.expand(*[-1] * 6, self.temporal_patch_size, -1, -1)
+        return repeated.reshape(count * grid * grid, -1)
+
+
+class Judge(NamedTuple):
+    """A loaded model, and what its questions need."""
+
+    model: Any
+    tokenizer: Any
+    frame: Frame
+    answers: tuple[int, ...]
+    """token numbers of `yes` and `no`"""
+
+    def preference(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        """logit(yes) - logit(no) for images [N, 3, S, S] and N questions: [N], float32."""
+        grid = images.shape[-1] // self.frame.patch_size
+        tokens = self._tokenize(questions, (grid // self.frame.merge_size) ** 2).to(images.device)
+        logits = self.model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            mm_token_type_ids=(tokens.input_ids == self.model.config.image_token_id).long(),  # places in the image
+            pixel_values=self.frame.patches(images).to(self.model.dtype),
+            image_grid_thw=torch.tensor([[1, grid, grid]] * len(images), device=images.device),
+            logits_to_keep=1,
+            use_cache=False,
+        ).logits[:, -1]
+        yes, no = self.answers
+        preference: Tensor = logits[:, yes].float() - logits[:, no].float()
+        return preference
+
+    def _tokenize(self, questions: Sequence[str], num_image_tokens: int) -> Any:
+        """The conversations, padded on the left, so that the answer stands at the end of each."""
+        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        conversations = []
+        for question in questions:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            conversations.append(text.replace(image_token, image_token * num_image_tokens))
+        return self.tokenizer(conversations, padding=True, padding_side="left", return_tensors="pt")
+
+
+def _read_frame(folder: Path, image_size: int) -> Frame:
+    """The image processor's numbers; raises ConfigurationError for a size that does not fit."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+        frame = Frame(
+            processor.patch_size,
+            processor.temporal_patch_size,
+            processor.merge_size,
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"VLMScore: {folder} holds no model like Qwen2.5-VL or Qwen3-VL: {error}") from error
+    unit = frame.patch_size * frame.merge_size
+    if image_size < unit or image_size % unit:
+        nearest = max(unit, round(image_size / unit) * unit)
+        raise ConfigurationError(
+            f"VLMScore: expected image_size to be a multiple of {unit} for this model, got {image_size}; "
+            f"nearest: {nearest}"
+        )
+    return frame
+
+
+def _single_token(tokenizer: Any, answer: str) -> int:
+    """The number of an answer's only token."""
+    numbers = tokenizer(answer, add_special_tokens=False).input_ids
+    if len(numbers) != 1:
+        raise ConfigurationError(f"VLMScore: expected an answer of one token, got {answer!r} of {len(numbers)}")
+    return int(numbers[0])
+
+
+@shared
+def _load_model(folder: Path, dtype: str, device: torch.device) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation="sdpa"
+        )
+    except Exception as error:  # of another class's configuration, safetensors' own, a missing file
+        raise ConfigurationError(f"VLMScore: {folder} holds no model that transformers can read: {error}") from error
+    return frozen(model, device)
