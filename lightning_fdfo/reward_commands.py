@@ -74,6 +74,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.command == "check":
         return print_checks(options.name, _init_args(options.init_args), options.prompts, options.device)
     if options.command == "score":
+        output = Path(options.output) if options.output else None
+        form = output_form(options.format, output)
         rows = score_folder(
             Path(options.folder),
             parse_rewards(options.reward),
@@ -81,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
             device=options.device,
             batch_size=options.batch_size,
         )
-        write_scores(rows, options.format, Path(options.output) if options.output else None)
+        write_scores(rows, form, output)
     else:
         list_rewards()
     return 0
@@ -227,6 +229,9 @@ def score_folder(
     """
     if batch_size < 1:
         raise ConfigurationError(f"--batch_size: expected at least 1, got {batch_size}")
+    if taken := {"image", "prompt"} & set(rewards):
+        raise ConfigurationError(f"--reward: {sorted(taken)} would be two columns: give it another name")
+    chosen = _device(device)
     mix = RewardMix(rewards)
     files = _image_files(folder)
     prompts = _prompts(files, prompts_file, mix)
@@ -234,12 +239,12 @@ def score_folder(
     for index, file in enumerate(files):
         by_size.setdefault(_size(file), []).append(index)
     mix.fetch()
-    mix.setup(torch.device(device))
+    mix.setup(chosen)
     rows: dict[int, Row] = {}
     with tqdm(total=len(files), desc="Scoring", unit="image", disable=None, dynamic_ncols=True) as bar:
         for indices in _batches(by_size, batch_size):
             texts, metadata = [prompts[i].text for i in indices], [prompts[i].metadata for i in indices]
-            images = torch.stack([_read_image(files[i]) for i in indices]).to(device)
+            images = torch.stack([_read_image(files[i]) for i in indices]).to(chosen)
             scores = mix(images, texts, metadata)
             for place, index in enumerate(indices):
                 own = {name: score[place].item() for name, score in scores.items()}
@@ -251,7 +256,7 @@ def score_folder(
 def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ConfigurationError(f"expected a folder of images, got {folder}")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
         raise ConfigurationError(f"{folder} holds no images: expected files that end in {', '.join(IMAGE_SUFFIXES)}")
     return files
@@ -267,7 +272,7 @@ def _prompts(files: Sequence[Path], prompts_file: Path | None, mix: RewardMix) -
         return [Prompt("", "", {}, str(file)) for file in files]
     prompts = read_prompts(prompts_file)
     if any("image" in prompt.metadata for prompt in prompts):
-        by_name = {str(prompt.metadata.get("image")): prompt for prompt in prompts}
+        by_name = _by_image(prompts)
         missing = [file.name for file in files if file.name not in by_name]
         if missing:
             raise ConfigurationError(f"{prompts_file} has no prompt for {missing[0]} ({len(missing)} of {len(files)})")
@@ -285,6 +290,16 @@ def _prompts(files: Sequence[Path], prompts_file: Path | None, mix: RewardMix) -
     return prompts
 
 
+def _by_image(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        name = str(prompt.metadata.get("image"))
+        if name in found:
+            raise ConfigurationError(f"{prompt.source}: expected one prompt an image, got another for {name}")
+        found[name] = prompt
+    return found
+
+
 def _batches(by_size: Mapping[tuple[int, int], Sequence[int]], batch_size: int) -> Iterator[Sequence[int]]:
     for indices in by_size.values():
         for start in range(0, len(indices), batch_size):
@@ -292,38 +307,54 @@ def _batches(by_size: Mapping[tuple[int, int], Sequence[int]], batch_size: int) 
 
 
 def _open(file: Path) -> Image.Image:
+    """A copy in memory, upright."""
     try:
-        return ImageOps.exif_transpose(Image.open(file))
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ConfigurationError(f"{file} cannot be read as an image: {error}") from error
+    if upright.mode.startswith(("I", "F")):  # Pillow would clip them to white
+        raise ConfigurationError(f"{file}: expected 8 bits a channel, got Pillow's mode {upright.mode}")
+    return upright
 
 
 def _size(file: Path) -> tuple[int, int]:
-    with _open(file) as image:
-        return image.size
+    return _open(file).size
 
 
 def _read_image(file: Path) -> Tensor:
     """[3, H, W], float32 in [0, 1]."""
-    try:
-        with _open(file) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    except OSError as error:  # a file that ends early tells so when its pixels are read
-        raise ConfigurationError(f"{file} cannot be read as an image: {error}") from error
+    return torch.from_numpy(np.array(_open(file).convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def write_scores(rows: Sequence[Row], form: str | None, output: Path | None) -> None:
+def output_form(form: str | None, output: Path | None) -> str:
+    """What to write: `form`, or what the file's ending says; asked before hours of scoring.
+
+    Raises:
+        ConfigurationError: a file that exists or has no folder, or an ending that is neither .csv nor .json.
+    """
+    if output is None:
+        return form or "table"
+    form = form or output.suffix.removeprefix(".")
+    if form not in ("csv", "json"):
+        raise ConfigurationError(
+            f"--output: expected a file that ends in .csv or .json, or --format csv or json, got {output}"
+        )
+    if output.exists() or not output.parent.is_dir():
+        problem = "exists already" if output.exists() else "is in a folder that does not exist"
+        raise ConfigurationError(f"--output: expected a new file, but {output} {problem}")
+    return form
+
+
+def write_scores(rows: Sequence[Row], form: str, output: Path | None) -> None:
     """Writes a table, CSV or JSON to standard output, or CSV or JSON to a new file.
 
     Raises:
-        ConfigurationError: a file that exists, or an ending that is neither.
+        ConfigurationError: a file that exists or cannot be written.
     """
     if output is None:
-        print_scores(rows) if form in (None, "table") else sys.stdout.write(_text(rows, str(form)))
+        print_scores(rows) if form == "table" else sys.stdout.write(_text(rows, form))
         return
-    form = form or output.suffix.removeprefix(".")
-    if form not in ("csv", "json"):
-        raise ConfigurationError(f"--output: expected a file that ends in .csv or .json, or --format, got {output}")
     try:
         with output.open("x", encoding="utf-8", newline="") as file:
             file.write(_text(rows, form))
@@ -363,7 +394,7 @@ def print_scores(rows: Sequence[Row]) -> None:
 def print_checks(name: str, init_args: Mapping[str, Any], prompts_file: str | None, device: str) -> int:
     """Runs `check_reward` and prints a line a check; returns 1 if one failed."""
     reward = load_reward(name, **init_args)
-    sample: dict[str, Any] = {"device": device}
+    sample: dict[str, Any] = {"device": str(_device(device))}
     if prompts_file is not None:
         prompts = read_prompts(prompts_file)
         if len(prompts) != 4:
@@ -382,6 +413,15 @@ def _init_args(text: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ConfigurationError(f"--init_args: expected a mapping like '{{quality: 80}}', got {text!r}")
     return parsed
+
+
+def _device(text: str) -> torch.device:
+    """The device, if it is here."""
+    try:
+        return torch.empty(0, device=text).device
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigurationError(f"--device: expected one like cpu or cuda, got {text!r}: {reason}") from error
 
 
 def _yaml(text: str, option: str) -> Any:

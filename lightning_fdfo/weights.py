@@ -70,7 +70,7 @@ class Weights:
         """
         local = Path(self.source).expanduser()
         if local.is_file() and self._single:
-            self._verify(local)
+            self._verify(local, self.files[0])
             return local
         if local.is_dir():
             return self._complete(local, f"{local} must hold it")
@@ -113,15 +113,15 @@ class Weights:
 
     def _complete(self, folder: Path, cure: str) -> Path:
         """The folder, or its single file, with every file there and its digest right."""
-        for pattern in self.files:
+        for pattern in (*self.files, *self.sha256):
             if not any(folder.glob(pattern)):
                 raise ConfigurationError(f"weights: {pattern} of {self.source} is missing; {cure}")
         for name in self.sha256:
-            self._verify(folder / name)
+            self._verify(folder / name, name)
         return folder / self.files[0] if self._single else folder
 
-    def _verify(self, file: Path) -> None:
-        expected = self.sha256.get(self.files[0] if self._single else file.name)
+    def _verify(self, file: Path, name: str) -> None:
+        expected = self.sha256.get(name)
         if expected is None:
             return
         with file.open("rb") as stream:

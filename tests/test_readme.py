@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from lightning_fdfo.cli import main
+from lightning_fdfo import RewardMix
+from lightning_fdfo.__main__ import main
+from lightning_fdfo.reward import as_reward, available_rewards
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,6 +32,35 @@ def test_commands_parse(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*shlex.split(command)[1:], "--print_config"])
     assert stop.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lightning-fdfo rewards")])
+def test_reward_commands_run(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command)[1:])
+    output = capsys.readouterr()
+    assert stop.value.code == 0, output.err
+    assert "JPEGSize" in output.out
+
+
+def test_every_reward_is_in_both_readmes():
+    rewards = (ROOT / "rewards/README.md").read_text()
+    for name, entry in available_rewards().items():
+        if entry.dist.name == "lightning-fdfo-rewards":
+            assert f"| `{name}` |" in README
+            assert f"| `{name}` |" in rewards
+
+
+def test_mixtures_in_the_readmes_are_mixtures(monkeypatch):
+    monkeypatch.setattr("lightning_fdfo.reward_mix.load_reward", lambda name, **_: as_reward(lambda *batch: None))
+    found = 0
+    for text in (README, (ROOT / "rewards/README.md").read_text()):
+        for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL):
+            if "rewards" in (model := yaml.safe_load(block)["model"]):
+                assert RewardMix(model["rewards"]).terms
+                found += 1
+    assert found == 2
 
 
 def test_the_two_commands_are_make_targets():

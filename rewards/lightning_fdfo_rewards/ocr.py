@@ -71,6 +71,7 @@ class OCR(Reward):
 
     range = (float("-inf"), 0.0)
     needs = 'metadata "text", or text in double quotes in the prompt'
+    packaged_weights = "PP-OCRv6 in rapidocr (Apache-2.0)"
     device = "cpu"
 
     def __init__(

@@ -15,6 +15,7 @@ class Redness(Reward):
         self.gain = gain
         self.range = (-gain, gain)
 
-    def __call__(self, images, prompts, metadata):  # images [N, 3, H, W] in [0, 1], N strings, N mappings -> [N]
+    def __call__(self, images, prompts, metadata):
+        """Images [N, 3, H, W] in [0, 1], N strings and N mappings -> [N]."""
         red, green, blue = images.mean(dim=(2, 3)).unbind(dim=1)
         return self.gain * (red - (green + blue) / 2)
