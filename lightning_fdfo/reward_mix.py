@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward import Metadata, Reward, Scorer, as_reward, describe, load_reward
+from lightning_fdfo.running_std import RunningStd
 
 Scale = float | Literal["none", "std"]
 
@@ -42,53 +43,6 @@ class RewardTerm:
     weight: float = 1.0
     scale: Scale = "none"
     device: str | None = None
-
-
-class RunningStd:
-    """Standard deviation of a reward's half differences, over all pairs of all epochs so far and all devices.
-
-        std = sqrt(sum d^2 / count)
-
-    Half differences need no mean subtracted: those of a pair are d and -d. An epoch that is rolled out again after a
-    resume replaces itself, so that nothing counts twice.
-
-    Example:
-        >>> running = RunningStd()
-        >>> running.update(0, torch.tensor([3.0, -3.0, 0.0, 0.0]), lambda sums: sums)
-        >>> running.std
-        2.1213203435596424
-    """
-
-    def __init__(self) -> None:
-        self.epoch = -1
-        self.before = (0.0, 0.0)
-        """count and sum of squares without the last epoch"""
-        self.total = (0.0, 0.0)
-        """count and sum of squares"""
-
-    @property
-    def std(self) -> float | None:
-        """> 0: None before the first epoch, 1 while all pairs have been ties."""
-        count, squares = self.total
-        if not count:
-            return None
-        return (squares / count) ** 0.5 if squares else 1.0
-
-    def update(self, epoch: int, differences: Tensor, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Adds an epoch's half differences, [2P] on this device; `all_sum` sums over devices."""
-        if epoch != self.epoch:
-            self.epoch, self.before = epoch, self.total
-        own = torch.tensor([float(len(differences)), differences.double().pow(2).sum().item()], dtype=torch.float64)
-        count, squares = all_sum(own).tolist()
-        self.total = (self.before[0] + count, self.before[1] + squares)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self.epoch, self.before, self.total = state["epoch"], tuple(state["before"]), tuple(state["total"])
 
 
 class RewardMix:

@@ -8,7 +8,8 @@ import torch
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
-from lightning_fdfo.reward_mix import RewardTerm, RunningStd
+from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.running_std import RunningStd
 
 
 class Constant(Reward):
