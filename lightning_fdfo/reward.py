@@ -169,8 +169,9 @@ def load_reward(name: str, **init_args: Any) -> Reward:
         return found(**init_args) if isinstance(found, type) else _bind(found, init_args)
     except ConfigurationError:
         raise
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"reward {name}{inspect.signature(found)}: {error}") from error
+    except Exception as error:  # a plugin is foreign code: whatever it raises is told with its name
+        said = error if isinstance(error, TypeError | ValueError) else repr(error)
+        raise ConfigurationError(f"reward {name}{inspect.signature(found)}: {said}") from error
 
 
 def load_reward_class(name: str) -> type[Reward] | Scorer:

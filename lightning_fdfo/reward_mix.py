@@ -11,8 +11,9 @@ Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -77,13 +78,15 @@ class RewardMix:
 
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError if a reward cannot score this prompt."""
-        for reward in self.rewards.values():
-            reward.check(prompt, metadata)
+        for name, reward in self.rewards.items():
+            with _told(name, reward, "cannot check a prompt"):
+                reward.check(prompt, metadata)
 
     def fetch(self) -> None:
         """Fetches all weights into the cache."""
-        for reward in self.rewards.values():
-            reward.fetch()
+        for name, reward in self.rewards.items():
+            with _told(name, reward, "cannot fetch its weights"):
+                reward.fetch()
 
     def setup(self, device: torch.device) -> None:
         """Sets up each reward on its own device, or on `device`.
@@ -94,14 +97,8 @@ class RewardMix:
         for name, reward in self.rewards.items():
             own = torch.device(self.terms[name].device or reward.device or device)
             self._devices[name] = device if own == torch.device(device.type) else own  # "cuda" is the flow's own
-            try:
+            with _told(name, reward, f"cannot be set up on {self._devices[name]}"):
                 reward.setup(self._devices[name])
-            except ConfigurationError:
-                raise
-            except Exception as error:  # a plugin is foreign code
-                raise RewardError(
-                    f"reward {name!r} ({describe(reward)}) cannot be set up on {self._devices[name]}: {error!r}"
-                ) from error
 
     # Scores
 
@@ -154,20 +151,16 @@ class RewardMix:
         """One reward's scores, held to the contract."""
         reward = self.rewards[name]
         images = images.to(self._devices.get(name, images.device))
-        source = f"reward {name!r} ({describe(reward)})"
-        cure = "`lightning-fdfo rewards check` shows what a reward must give"
-        try:
-            with torch.autocast(images.device.type, enabled=False):  # a score's digits are not the trainer's to cut
-                score = torch.as_tensor(reward(images, prompts, metadata)).detach().float().cpu()
-        except (ConfigurationError, RewardError):
-            raise
-        except Exception as error:
-            raise RewardError(f"{source} failed on images on {images.device}: {error!r}; {cure}") from error
+        with (
+            _told(name, reward, f"failed on images on {images.device}"),
+            torch.autocast(images.device.type, enabled=False),  # a score's digits are not the trainer's to cut
+        ):
+            score = torch.as_tensor(reward(images, prompts, metadata)).detach().float().cpu()
         if score.shape != (len(images),):
-            raise RewardError(f"{source}: expected [{len(images)}] scores, got shape {list(score.shape)}; {cure}")
+            raise _failure(name, reward, f"expected [{len(images)}] scores, got shape {list(score.shape)}")
         if not bool(score.isfinite().all()):
             row = int((~score.isfinite()).nonzero()[0])
-            raise RewardError(f"{source}: score {score[row].item()} for prompt {prompts[row]!r}; {cure}")
+            raise _failure(name, reward, f"score {score[row].item()} for prompt {prompts[row]!r}")
         return score
 
     # The sum
@@ -236,6 +229,23 @@ class RewardMix:
         for name, running in self.running.items():
             if name in state:
                 running.load_state_dict(state[name])
+
+
+@contextmanager
+def _told(name: str, reward: Reward, what: str) -> Iterator[None]:
+    """Turns whatever foreign code raises into a RewardError with its name; what the user can mend passes."""
+    try:
+        yield
+    except (ConfigurationError, RewardError):
+        raise
+    except Exception as error:
+        raise _failure(name, reward, f"{what}: {error!r}") from error
+
+
+def _failure(name: str, reward: Reward, what: str) -> RewardError:
+    """Names the reward, its distribution, what happened, and the cure."""
+    cure = f"`lightning-fdfo rewards check {reward.name}` shows what a reward must do"
+    return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {cure}")
 
 
 _KEYS = {"reward", "weight", "scale", "device"}

@@ -29,6 +29,8 @@ from lightning_fdfo.reward import FunctionReward, Metadata, Reward, as_reward, d
 
 PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
 """Sample prompts; each has a text in quotes, for rewards that look for one."""
+TEXTS = ({"text": "427"}, {"text": "12"}, {"text": "YES"}, {"text": "58"})
+"""Their metadata."""
 HEAVY = ("diffusers", "lightning", "onnxruntime", "open_clip", "timm", "torchvision", "transformers")
 """What importing a reward's module must not import."""
 MAX_PICKLE = 100_000
@@ -83,19 +85,20 @@ def check_reward(
     Args:
         reward: an instance, not set up yet, or a plain function.
         prompts: four of them, if the sample's do not suit.
-        metadata: four mappings, for a reward that needs some.
+        metadata: four mappings, for a reward that needs some; with prompts of your own, empty ones if not given.
         device: where to try it.
         tolerance: by which a score may depend on its batch: tolerance * (1 + |score|).
 
     Raises:
         ConformanceError: with a line for each check that failed.
+        ValueError: not four prompts or mappings.
 
     Example:
         >>> check_reward(lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)))
-        >>> check_reward(lambda images, prompts, metadata: images.mean())
+        >>> check_reward(lambda images, prompts, metadata: images.mean())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_fdfo.testing.ConformanceError: <lambda> of the module ...:
+        lightning_fdfo.testing.ConformanceError: <lambda> of ...:
         - gives one finite float32 number an image: expected a tensor of shape [4], got [] of torch.float32...
     """
     results = list(run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance))
@@ -115,7 +118,10 @@ def run_checks(
     """The checks one by one, as `check_reward` runs them; those after a fatal one are left out."""
     scorer = as_reward(reward)
     if metadata is None:
-        metadata = [{"text": "427"}, {"text": "12"}, {"text": "YES"}, {"text": "58"}]
+        metadata = TEXTS if prompts is PROMPTS else [{}] * len(prompts)
+    if len(prompts) != 4 or len(metadata) != 4:
+        raise ValueError(f"expected four prompts and four mappings, got {len(prompts)} and {len(metadata)}")
+    gradients = torch.is_grad_enabled()
     sample = Sample(scorer, sample_images(64, 64).to(device), prompts, metadata, torch.device(device), tolerance)
     for check, fatal in CHECKS:
         assert check.__doc__ is not None  # each check below says what it asks for
@@ -125,6 +131,7 @@ def run_checks(
             problem = check(sample)
         except Exception as error:  # a plugin is foreign code
             problem = str(error) if isinstance(error, ConfigurationError) else f"it raised {error!r}"
+        torch.set_grad_enabled(gradients)  # a reward may have turned them off; one of the checks says so
         yield Result(question, problem)
         if problem and fatal:
             return

@@ -139,3 +139,13 @@ def test_public_names_come_from_the_root_and_cost_nothing_until_used():
     assert done.stdout.split() == ["False", "False", "True"]
     with pytest.raises(AttributeError, match="no attribute 'Rewrad'"):
         lightning_fdfo.Rewrad  # noqa: B018
+
+
+class Stubborn(Constant):
+    def __init__(self):
+        raise KeyError("surprise")
+
+
+def test_a_constructor_that_breaks_is_named():
+    with pytest.raises(ConfigurationError, match=r"Stubborn\(\): KeyError\('surprise'\)"):
+        load_reward(f"{__name__}.Stubborn")

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lightning_fdfo import Reward, reward
 from lightning_fdfo.__main__ import main
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import load_reward
 
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
@@ -59,6 +60,10 @@ def told(images, prompts, metadata):
 
 def fails(images, prompts, metadata):
     raise ZeroDivisionError("by\nnothing")
+
+
+def explains(images, prompts, metadata):
+    raise ConfigurationError("first\n  second")
 
 
 def not_a_number(images, prompts, metadata):
@@ -136,7 +141,11 @@ NAMES = ["a.png", "b.PNG", "c.png", "d.jpeg", "e.png"]
 
 def direct(name, file, prompt="", **options):
     """A reward's score of a file, without the command."""
-    image = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+    pixels = np.array(Image.open(file)).astype(np.float32)
+    if pixels.shape[-1] == 4:  # over white
+        alpha = pixels[..., 3:] / 255
+        pixels = np.round(alpha * pixels[..., :3] + (1 - alpha) * 255)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     return load_reward(name, **options)(image, [prompt], [{}]).item()
 
 
@@ -268,7 +277,7 @@ def test_scores_are_those_of_calling_the_rewards_in_the_order_of_the_names(folde
     for row in rows:
         assert list(row) == ["image", "prompt", "JPEGSize", "Colorfulness"]
         for name in ("JPEGSize", "Colorfulness"):
-            assert row[name] == pytest.approx(direct(name, folder / row["image"]), rel=1e-5)
+            assert row[name] == pytest.approx(direct(name, folder / row["image"]), rel=1e-3)
     assert len({row["JPEGSize"] for row in rows}) > 1
 
 
@@ -358,6 +367,12 @@ def test_a_line_an_image_in_the_order_of_the_names(folder, tmp_path, fine):
     assert scores(fine, folder, tmp_path / "prompts.txt") == [
         (name, line, number) for name, line, number in zip(NAMES, lines, range(1, 6), strict=True)
     ]
+
+
+def test_json_keeps_the_letters_of_every_script(folder, tmp_path, fine):
+    (tmp_path / "prompts.txt").write_text("東京\n" * 5, encoding="utf-8")
+    out = fine("score", folder, "--reward", "JPEGSize", "--prompts", tmp_path / "prompts.txt", "--format", "json")
+    assert out.count('"東京"') == 5
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1]])
@@ -522,6 +537,10 @@ def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, tmp_path, r
     assert f"reward '{__name__}.{scorer}' ({scorer} of the module {__name__})" in line
     assert re.search(message, line)
     assert not output.exists()
+
+
+def test_an_explanation_of_several_lines_becomes_one(folder, refused):
+    assert refused("score", folder, "--reward", f"{__name__}.explains") == "error: first second"
 
 
 def test_an_unknown_command_is_told_in_one_line(refused):

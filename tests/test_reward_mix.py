@@ -253,7 +253,7 @@ def test_a_failure_is_never_a_score(scores, message):
     mix = RewardMix({"r": RewardTerm(broken)})
     with pytest.raises(RewardError, match=rf"reward 'r' \(broken of the module {__name__}\).*{message}") as raised:
         mix(IMAGES, *ROWS)
-    assert "`lightning-fdfo rewards check`" in str(raised.value)
+    assert "`lightning-fdfo rewards check broken`" in str(raised.value)
 
 
 def test_a_set_up_that_fails_names_the_reward_and_its_device():
@@ -261,7 +261,9 @@ def test_a_set_up_that_fails_names_the_reward_and_its_device():
         def setup(self, device):
             raise RuntimeError("no driver")
 
-    with pytest.raises(RewardError, match=r"'r' \(NoDriver of .*cannot be set up on cpu: RuntimeError\('no driver'\)"):
+    with pytest.raises(
+        RewardError, match=r"'r' \(NoDriver of .*: cannot be set up on cpu: RuntimeError\('no driver'\)"
+    ):
         RewardMix({"r": RewardTerm(NoDriver())}).setup(CPU)
 
 
@@ -272,3 +274,19 @@ def test_rewards_are_scored_outside_of_the_trainers_autocast():
         assert (IMAGES.flatten(1) @ weights).dtype == torch.bfloat16
         inside = mix(IMAGES, *ROWS)["linear"]
     assert torch.equal(inside, mix(IMAGES, *ROWS)["linear"])
+
+
+@pytest.mark.parametrize("method", ["check", "fetch"])
+def test_foreign_code_that_breaks_early_is_named_too(method):
+    class Broken(Constant):
+        required_metadata = ()
+
+    def fail(self, *_):
+        raise KeyError("surprise")
+
+    setattr(Broken, method, fail)
+    mix = RewardMix({"r": RewardTerm(Broken())})
+    with pytest.raises(
+        RewardError, match=r"'r' \(Broken of .*cannot .*'surprise'.*rewards check Broken"
+    ):
+        mix.check("p", {}) if method == "check" else mix.fetch()
