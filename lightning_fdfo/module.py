@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,19 +144,24 @@ class FDFOModule(LightningModule):
     # Set-up: first all that needs no weights, then the model
 
     def prepare_data(self) -> None:
-        """Fetches the rewards' weights, on one process of each machine, before any model is loaded."""
+        """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
+        with suppress(ConfigurationError):
+            self._fetch_weights()
+
+    def _fetch_weights(self) -> None:
         self.rewards.fetch()
         if self.metrics is not None:
             self.metrics.fetch()
 
     def setup(self, stage: str) -> None:
-        """Checks the model's folder and derives the batch arithmetic."""
+        """Checks the model's folder, finds the rewards' weights and derives the batch arithmetic."""
         if self.trainer.precision not in PRECISIONS:
             raise ConfigurationError(
                 f"trainer.precision={self.trainer.precision}: expected one of {', '.join(PRECISIONS)}; "
                 "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
             )
         self.flow.check()
+        self._fetch_weights()
         if stage == "fit":
             plan = self.plan
             given, derived = self.trainer.accumulate_grad_batches, plan.batches_per_update

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import yaml
@@ -174,6 +175,11 @@ def files(tmp_path):
             "--model.rewards={{a: {{reward: {{class_path: JPEGSize, init_args: {{quality: high}}}}}}}}",
             r"reward JPEGSize",
         ),
+        (
+            "--model.rewards={{a: {{reward: {{class_path: CLIPScore, init_args: {{pretrained: nobody/nothing}}}}}}}}",
+            r"nobody/nothing .*cannot be fetched.*hf download nobody/nothing",
+        ),
+        ("--model.rewards={{a: {{reward: JPEGSize, scale: sdt}}}}", r"scale none, std or a number above 0"),
         ("--model.rewards={{exact_match: {{reward: OCR}}}}", r"\['exact_match'\] would be two"),
         ("--data.train={tmp}/unknown.txt", r"unknown\.txt:1: OCR: the recogniser does not know"),
         ("--trainer.num_sanity_val_steps=2", r"num_sanity_val_steps -1"),
@@ -192,6 +198,7 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
         return from_pretrained(*arguments, **options)
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning-fdfo"])
     (files / "typo.yaml").write_text("model: {num_pears: 3}\n")
@@ -204,10 +211,19 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
     assert not (files / "run" / "config.yaml").exists()
 
 
-def test_a_mistake_on_two_devices_is_told_once(tmp_path):
-    result = run(*fit_arguments(tmp_path, "--trainer.devices=2", "--model.num_pairs=47"), check=False)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.num_pairs=47", "error: num_pairs=47 does not divide over 2 devices; nearest: 46 or 48"),
+        ("--model.rewards={CLIPScore: 1.0}", "error: weights openai/clip-vit-large-patch14"),
+    ],
+)
+def test_a_mistake_on_two_devices_is_told_once(tmp_path, monkeypatch, option, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = run(*fit_arguments(tmp_path, "--trainer.devices=2", option), check=False)
     assert result.returncode == 2, result.stderr[-2000:]
-    assert result.stderr.count("error: num_pairs=47 does not divide over 2 devices; nearest: 46 or 48") == 1
+    assert result.stderr.count(message) == 1
     assert "Traceback" not in result.stderr
 
 

@@ -286,7 +286,5 @@ def test_foreign_code_that_breaks_early_is_named_too(method):
 
     setattr(Broken, method, fail)
     mix = RewardMix({"r": RewardTerm(Broken())})
-    with pytest.raises(
-        RewardError, match=r"'r' \(Broken of .*cannot .*'surprise'.*rewards check Broken"
-    ):
+    with pytest.raises(RewardError, match=r"'r' \(Broken of .*cannot .*'surprise'.*rewards check Broken"):
         mix.check("p", {}) if method == "check" else mix.fetch()
