@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_fdfo.data import PromptDataModule
-    from lightning_fdfo.flow import FlowModel, LoRA
+    from lightning_fdfo.flow import FlowModel
+    from lightning_fdfo.lora import LoRA
     from lightning_fdfo.module import FDFOModule, Objective
     from lightning_fdfo.reward import Reward
     from lightning_fdfo.reward_mix import RewardMix
@@ -20,7 +21,7 @@ __all__ = ["FDFOModule", "FlowModel", "LoRA", "Objective", "PromptDataModule", "
 _ROOMS = {
     "FDFOModule": "module",
     "FlowModel": "flow",
-    "LoRA": "flow",
+    "LoRA": "lora",
     "Objective": "module",
     "PromptDataModule": "data",
     "Reward": "reward",

@@ -1,28 +1,36 @@
 """FlowModel: what a base model must offer to be post-trained, and the conditioning that it is given.
 
-An adapter for a model family is one file in `lightning_fdfo/flows/` that subclasses FlowModel. It stores names in
-`__init__` and loads weights in `load()`. Its `transformer` is the only nn.Module that it registers: text encoders and
-VAE stay in a plain holder, out of state_dict, DDP and sharding.
+It stores names in `__init__` and loads weights in `load()`. Its `transformer` is the only nn.Module that it registers:
+text encoders and VAE stay in a plain holder, out of state_dict, DDP and sharding. A model that diffusers has a pipeline
+for takes most of it from `lightning_fdfo/flows/diffusers_flow.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from peft import LoraConfig
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.randomness import Stream, generator
+from lightning_fdfo.lora import LoRA, bind_lora
+
+Guidance = Literal["classifier-free", "embedded", "none"]
+"""By a second forward with the negative prompt, as an input that the model was distilled on, or not at all."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """What the velocity is conditioned on: named tensors whose first axis is the batch.
+
+    Texts of different lengths are padded with zeros along the second axis where batches are joined; a model that must
+    tell them from text carries a mask among the tensors.
 
     Example:
         >>> c = Conditioning({"embeds": torch.arange(3.0)})
@@ -30,6 +38,9 @@ class Conditioning:
         tensor([2., 2.])
         >>> len(Conditioning.cat([c, c]))
         6
+        >>> Conditioning.cat([Conditioning({"mask": torch.ones(1, n)}) for n in (1, 2)]).tensors["mask"]
+        tensor([[1., 0.],
+                [1., 1.]])
     """
 
     tensors: Mapping[str, Tensor]
@@ -48,22 +59,16 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Joins batches."""
-        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        return Conditioning({name: _cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on the transformer's linear layers: W + alpha / rank * B A.
-
-    Args:
-        rank: inner size of A and B.
-        alpha: scale; the update is multiplied by alpha / rank.
-        targets: names (or ends of names) of linear layers; None takes the adapter's own, the attention projections.
-    """
-
-    rank: int = 32
-    alpha: float = 64.0
-    targets: tuple[str, ...] | None = None
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Joined along the first axis, padded to the longest along the second."""
+    if tensors[0].ndim < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    padding = [0, 0] * (tensors[0].ndim - 2)
+    return torch.cat([F.pad(tensor, [*padding, 0, longest - tensor.shape[1]]) for tensor in tensors])
 
 
 class FlowModel(nn.Module, ABC):
@@ -73,6 +78,16 @@ class FlowModel(nn.Module, ABC):
     """Set by `load()`; the only registered module."""
     lora_targets: tuple[str, ...]
     """Linear layers that LoRA binds by default."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """How `guidance_scale` is used; known once the model is loaded."""
+        return "classifier-free"
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The loaded transformer's repeated blocks, in order: what sharding wraps one by one."""
+        return []
 
     @abstractmethod
     def check(self) -> None:
@@ -126,6 +141,21 @@ class FlowModel(nn.Module, ABC):
     def save_lora(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which diffusers loads, into `folder`."""
 
+    def encoding(self) -> AbstractContextManager[None]:
+        """While it is open, `encode` finds the text encoders on the device."""
+        return nullcontext()
+
+    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> None:
+        """Called before training with texts that the run will encode; a model may encode them now, once for all."""
+
+    def load_lora(self, file: Path) -> None:
+        """Copies the weights of a diffusers LoRA file into the LoRA that `add_lora` has made.
+
+        Raises:
+            ConfigurationError: they do not fit it.
+        """
+        raise ConfigurationError(f"lora.init_lora: {type(self).__name__} cannot start from a LoRA file")
+
     def add_lora(self, lora: LoRA, seed: int) -> list[str]:
         """Adds a LoRA to the loaded transformer and makes it the only thing that trains, in float32.
 
@@ -137,28 +167,13 @@ class FlowModel(nn.Module, ABC):
             Names of the modules that it bound.
 
         Raises:
-            ConfigurationError: a target matches no linear layer.
+            ConfigurationError: a target matches no linear layer, or `init_lora` does not fit.
         """
-        targets = lora.targets or self.lora_targets
-        linear = [name for name, module in self.transformer.named_modules() if isinstance(module, nn.Linear)]
-        bound = [name for name in linear if any(name == t or name.endswith("." + t) for t in targets)]
-        for target in targets:
-            if not any(name == target or name.endswith("." + target) for name in linear):
-                endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name not in bound})
-                raise ConfigurationError(
-                    f"LoRA target {target!r} matches no linear layer of {type(self.transformer).__name__}; "
-                    f"layers not bound so far end in: {', '.join(endings)}"
-                )
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=list(targets),
-            init_lora_weights="gaussian",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator(Stream.ADAPTER, seed).initial_seed())
-            self.transformer.add_adapter(config)  # type: ignore[operator]
-        for parameter in self.transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        bound = bind_lora(self.transformer, lora, lora.targets or self.lora_targets, seed)
+        if lora.init_lora is not None:
+            self.load_lora(Path(lora.init_lora))
         return bound
+
+    def train_all(self) -> None:
+        """Makes the whole loaded transformer trainable, in float32."""
+        self.transformer.float().requires_grad_(True)

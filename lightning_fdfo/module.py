@@ -26,7 +26,8 @@ from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_settings, fill_frozen
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import FlowModel, LoRA
+from lightning_fdfo.flow import FlowModel
+from lightning_fdfo.lora import LoRA
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
 from lightning_fdfo.prompts import Prompt

@@ -23,7 +23,7 @@ from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.folder_scores import IMAGE_SUFFIXES, output_form, parse_device, score_folder, write_scores
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward import FunctionReward, Reward, available_rewards, load_reward, load_reward_class
-from lightning_fdfo.testing import run_checks
+from lightning_fdfo.testing.reward_checks import run_checks
 
 FORMATS = ("table", "csv", "json")
 OFFICIAL = (

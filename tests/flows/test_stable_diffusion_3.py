@@ -8,9 +8,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import Conditioning, LoRA
-from lightning_fdfo.flows import StableDiffusion3
-from lightning_fdfo.flows.stable_diffusion_3 import resolve_pretrained
+from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
+from lightning_fdfo.lora import LoRA
 from lightning_fdfo.objective import direction, half_differences, velocity_objective
 from lightning_fdfo.sampling import sample, sample_pairs
 from tests import golden_case
@@ -241,14 +241,14 @@ def test_a_folder_that_is_no_such_pipeline_is_refused(tmp_path, content):
 @pytest.mark.filterwarnings("ignore:.*(local_dir_use_symlinks|proxies):UserWarning")  # diffusers' own calls
 def test_a_hub_name_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigurationError, match="'nobody/nothing' is neither a folder here nor"):
+    with pytest.raises(ConfigurationError, match="'nobody/nothing' is no diffusers pipeline, here or on the hub"):
         StableDiffusion3("nobody/nothing").load()
 
 
 def test_a_bfloat16_text_encoder_serves_a_float32_transformer():
     flow = StableDiffusion3("tiny-digits", dtype="bfloat16", max_sequence_length=0)
     flow.load()
-    flow.transformer.float()
+    flow.train_all()
     with torch.no_grad():
         velocity = flow.velocity(torch.randn(2, 8, 8, 16), torch.tensor(0.5), flow.encode(PROMPTS))
     assert velocity.dtype == torch.float32

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fdfo import Reward, testing
+from lightning_fdfo import Reward
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import load_reward
-from lightning_fdfo.testing import ConformanceError, check_reward, run_checks
+from lightning_fdfo.testing import ConformanceError, check_reward, reward_checks
+from lightning_fdfo.testing.reward_checks import run_checks
 
 
 class Redness(Reward):
@@ -246,9 +247,9 @@ class FailsToScore(Redness):
 @pytest.fixture
 def here(monkeypatch):
     """Without the check that starts a process, which imports torch: what it finds is tested below."""
-    checks = tuple(pair for pair in testing.CHECKS if pair[0] is not testing._imports_cheaply)
-    assert len(checks) == len(testing.CHECKS) - 1
-    monkeypatch.setattr(testing, "CHECKS", checks)
+    checks = tuple(pair for pair in reward_checks.CHECKS if pair[0] is not reward_checks._imports_cheaply)
+    assert len(checks) == len(reward_checks.CHECKS) - 1
+    monkeypatch.setattr(reward_checks, "CHECKS", checks)
 
 
 @pytest.mark.usefixtures("here")
@@ -369,16 +370,16 @@ def test_after_a_fatal_failure_no_check_is_run(here, broken, last):
 
 def test_a_reward_that_keeps_the_contract_passes_every_check(here):
     results = list(run_checks(Redness()))
-    assert len(results) == len(testing.CHECKS)
+    assert len(results) == len(reward_checks.CHECKS)
     assert all(problem is None for _, problem in results)
 
 
 def test_the_samples_images_are_different_and_in_range():
-    images = testing.sample_images(48, 80)
+    images = reward_checks.sample_images(48, 80)
     assert images.shape == (4, 3, 48, 80)
     assert (images.amin(), images.amax()) == (0, 1)
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(images, 2))
-    assert torch.equal(images, testing.sample_images(48, 80))
+    assert torch.equal(images, reward_checks.sample_images(48, 80))
 
 
 # Imports

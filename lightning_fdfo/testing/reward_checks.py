@@ -1,4 +1,4 @@
-"""Conformance checks for plugins: what every reward must do, tried out on four small images.
+"""What every reward must do, tried out on four small images.
 
     from lightning_fdfo.testing import check_reward
 
@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import FunctionReward, Metadata, Reward, as_reward, describe
+from lightning_fdfo.testing.conformance import Result, examine, insist
 
 PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
 """Sample prompts; each has a text in quotes, for rewards that look for one."""
@@ -35,19 +35,6 @@ HEAVY = ("diffusers", "lightning", "onnxruntime", "open_clip", "timm", "torchvis
 """What importing a reward's module must not import."""
 MAX_PICKLE = 100_000
 """Bytes: a configuration is smaller, weights are larger."""
-
-
-class ConformanceError(AssertionError):
-    """A reward breaks the contract; the message has a line for each check that failed."""
-
-
-class Result(NamedTuple):
-    """What one check found."""
-
-    check: str
-    """what is asked, in words"""
-    problem: str | None
-    """what came instead, and the cure; None if it passed"""
 
 
 @dataclass
@@ -98,13 +85,11 @@ def check_reward(
         >>> check_reward(lambda images, prompts, metadata: images.mean())  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_fdfo.testing.ConformanceError: <lambda> of ...:
+        lightning_fdfo.testing.conformance.ConformanceError: <lambda> of ...:
         - gives one finite float32 number an image: expected a tensor of shape [4], got [] of torch.float32...
     """
-    results = list(run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance))
-    problems = [f"- {result.check}: {result.problem}" for result in results if result.problem]
-    if problems:
-        raise ConformanceError("\n".join([f"{describe(as_reward(reward))}:", *problems]))
+    results = run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance)
+    insist(describe(as_reward(reward)), results)
 
 
 def run_checks(
@@ -123,18 +108,9 @@ def run_checks(
         raise ValueError(f"expected four prompts and four mappings, got {len(prompts)} and {len(metadata)}")
     gradients = torch.is_grad_enabled()
     sample = Sample(scorer, sample_images(64, 64).to(device), prompts, metadata, torch.device(device), tolerance)
-    for check, fatal in CHECKS:
-        assert check.__doc__ is not None  # each check below says what it asks for
-        question = check.__doc__.splitlines()[0].rstrip(".")
-        question = question[0].lower() + question[1:]
-        try:
-            problem = check(sample)
-        except Exception as error:  # a plugin is foreign code
-            problem = str(error) if isinstance(error, ConfigurationError) else f"it raised {error!r}"
+    for result in examine(CHECKS, sample):
         torch.set_grad_enabled(gradients)  # a reward may have turned them off; one of the checks says so
-        yield Result(question, problem)
-        if problem and fatal:
-            return
+        yield result
 
 
 def sample_images(height: int, width: int) -> Tensor:

@@ -1,0 +1,471 @@
+"""DiffusersFlow: what the adapters share. An adapter says how its model differs, on the pipeline that diffusers has.
+
+    texts --encode_texts--> named tensors --predict(latents, sigma)--> velocity
+    sigmas: the pipeline's scheduler, with the options of `grid`;  decode: `unscale`, then the pipeline's VAE
+
+Latents keep their places, [N, C, H, W]: what a transformer wants as a row of tokens is packed inside `predict`.
+How to write an adapter: docs/adapters.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.flows.quantization import Quantization, quantization_config
+from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
+from lightning_fdfo.lora import fill_lora
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+TextEncoders = Literal["offload", "keep", "cache"]
+TEXTS_A_SHARD = 32
+"""Texts that are encoded, and written to the cache, at once."""
+
+
+def resolve_pretrained(pretrained: str) -> str:
+    """The folder of a shipped model's name, else the name itself (a folder or a hub name).
+
+    Example:
+        >>> resolve_pretrained("stabilityai/stable-diffusion-3.5-medium")
+        'stabilityai/stable-diffusion-3.5-medium'
+        >>> Path(resolve_pretrained("tiny-digits")).name
+        'tiny-digits'
+    """
+    shipped = Path(str(files("lightning_fdfo.assets"))) / pretrained
+    return str(shipped) if (shipped / "model_index.json").is_file() else pretrained
+
+
+class DiffusersFlow(FlowModel):
+    """A flow model that diffusers has a pipeline for.
+
+    Args:
+        pretrained: a shipped model (`tiny-digits`), a folder, or a hub name like
+            `stabilityai/stable-diffusion-3.5-medium`.
+        dtype: of the frozen weights; what trains is always float32.
+        max_sequence_length: tokens of a text, at most; None takes what the pipeline takes.
+        gradient_checkpointing: less memory for more time.
+        text_encoders: `offload` puts them on the device only while texts are encoded, `keep` leaves them there,
+            `cache` encodes all texts once, before training, into `text_cache`, and then frees them.
+        text_cache: folder of `cache`; None takes `~/.cache/lightning_fdfo/texts`.
+        vae_slicing: decodes image by image: less memory for more time.
+        vae_tiling: decodes in overlapping tiles: less memory for large images, and faint seams.
+        quantization: of the frozen transformer: `nf4` or `int8` by bitsandbytes, `int8_torchao` by torchao.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ConfigurationError: from `check` and `load`, if the pipeline is of another class or cannot be had.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]]
+    """Names in diffusers of the pipelines that the adapter serves."""
+    sequence_length: ClassVar[int]
+    """Default of `max_sequence_length`."""
+    block_names: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Lists of the transformer's repeated blocks."""
+    patch_size: ClassVar[int] = 2
+    """Latent pixels a token, in height and in width."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        max_sequence_length: int | None = None,
+        gradient_checkpointing: bool = False,
+        text_encoders: TextEncoders = "offload",
+        text_cache: str | None = None,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        quantization: Quantization | None = None,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.pretrained = resolve_pretrained(pretrained)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.max_sequence_length = self.sequence_length if max_sequence_length is None else max_sequence_length
+        self.gradient_checkpointing = gradient_checkpointing
+        self.text_encoders = text_encoders
+        self.text_cache = Path(text_cache or "~/.cache/lightning_fdfo/texts").expanduser()
+        self.vae_slicing = vae_slicing
+        self.vae_tiling = vae_tiling
+        self.quantization = quantization
+        self.revision = revision
+        self._holder: dict[str, Any] = {}
+        self._device = torch.device("cpu")
+        self._compute_dtype = self.dtype
+
+    # What an adapter says
+
+    @abstractmethod
+    def encode_texts(self, pipeline: Any, texts: list[str], device: torch.device, negative: bool) -> Mapping[str, Any]:
+        """Texts to named tensors, a row each, by the pipeline's own `encode_prompt`.
+
+        Args:
+            pipeline: one with text encoders.
+            texts: N texts.
+            device: where the encoders are.
+            negative: whether these are negative prompts, where the pipeline makes a difference.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, sigma: Tensor, tensors: Mapping[str, Tensor], guidance_scale: float) -> Tensor:
+        """One forward of the transformer: the velocity without classifier-free guidance.
+
+        Args:
+            latents: [N, C, H, W], in the transformer's dtype.
+            sigma: [N], float32.
+            tensors: of `encode_texts`, floating ones in the transformer's dtype.
+            guidance_scale: for a model that has it embedded.
+        """
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        channels: int = self.transformer.config.in_channels  # type: ignore[union-attr,assignment]
+        return channels
+
+    def guide(self, negative: Tensor, positive: Tensor, guidance_scale: float) -> Tensor:
+        """Classifier-free guidance: negative + guidance_scale * (positive - negative)."""
+        guided: Tensor = negative + guidance_scale * (positive - negative)
+        return guided
+
+    def grid(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
+        """Arguments of the scheduler's `set_timesteps`."""
+        return {
+            "sigmas": np.linspace(1.0, 1 / num_steps, num_steps),
+            "mu": dynamic_shift(self.pipeline.scheduler.config, num_tokens),
+        }
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE decodes them."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
+    def pipeline_call(self, guidance_scale: float, negative_prompts: list[str] | None) -> dict[str, Any]:
+        """Arguments of the pipeline's own call that say the same; for checks."""
+        return {
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompts,
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Initial latents as the pipeline's own call takes them; for checks."""
+        return latents
+
+    # Loading
+
+    @property
+    def pipeline(self) -> Any:
+        """The loaded pipeline; its transformer is this model's own."""
+        return self._holder["pipeline"]
+
+    def check(self) -> None:
+        """Raises ConfigurationError if the folder is not a pipeline of this class; a hub name is not asked for."""
+        if self.quantization is not None:
+            quantization_config(self.quantization, self.dtype)
+        if Path(self.pretrained).is_dir():
+            self.index  # noqa: B018 - it checks
+        elif not HUB_NAME.fullmatch(self.pretrained):
+            raise ConfigurationError(
+                f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
+                f"'owner/model', got {self.pretrained!r}, which is none of these"
+            )
+
+    def load(self) -> None:
+        """Loads the pipeline, without text encoders where their outputs are cached."""
+        if self._holder:
+            return
+        self.check()
+        absent = self._parts("text_encoder", "tokenizer") if self.text_encoders == "cache" else []
+        pipeline = self.load_pipeline(**dict.fromkeys(absent))
+        for name in self._parts("text_encoder", "vae", "transformer"):
+            module = getattr(pipeline, name)
+            if module is not None:
+                module.requires_grad_(False).eval()
+        if self.vae_slicing:
+            pipeline.vae.enable_slicing()
+        if self.vae_tiling:
+            pipeline.vae.enable_tiling()
+        self._holder["pipeline"] = pipeline
+        self.transformer = pipeline.transformer
+        if self.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+
+    def load_pipeline(self, **parts: Any) -> Any:
+        """A pipeline of one's own from `pretrained`, in `dtype`.
+
+        Args:
+            **parts: those to take instead of the folder's; None leaves one out.
+        """
+        options: dict[str, Any] = {"dtype": self.dtype, **dict.fromkeys(self._absent()), **parts}
+        if self.quantization is not None and "transformer" not in parts:
+            options["quantization_config"] = quantization_config(self.quantization, self.dtype)
+        if not Path(self.pretrained).is_dir():
+            options["revision"] = self.revision
+        try:
+            pipeline = self.pipeline_class.from_pretrained(self.pretrained, **options)
+        except OSError as error:
+            raise ConfigurationError(
+                f"flow.pretrained: {self.pretrained!r} is neither a folder here nor a model that the hub gives: {error}"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        self.adapt(pipeline)
+        return pipeline
+
+    def adapt(self, pipeline: Any) -> None:
+        """Changes a pipeline that was just loaded, if the adapter needs that; raises if its scheduler is no Euler."""
+        scheduler = type(pipeline.scheduler).__name__
+        if scheduler != "FlowMatchEulerDiscreteScheduler":
+            raise ConfigurationError(
+                f"flow.pretrained: {self.pretrained} has a {scheduler}, expected a FlowMatchEulerDiscreteScheduler"
+            )
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The class that `model_index.json` names."""
+        return getattr(diffusers, self.index["_class_name"])
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """`model_index.json`, of a class that this adapter serves."""
+        index = read_index(self.pretrained, self.revision)
+        if index.get("_class_name") not in self.pipeline_classes:
+            raise ConfigurationError(
+                f"flow.pretrained: {self.pretrained} holds a {index.get('_class_name')}, "
+                f"{type(self).__name__} expected a {' or '.join(self.pipeline_classes)}"
+            )
+        return index
+
+    def _absent(self) -> list[str]:
+        """Optional parts that the folder lacks: diffusers wants that said aloud."""
+        names = []
+        for name, parameter in inspect.signature(self.pipeline_class.__init__).parameters.items():
+            given = self.index.get(name, [None, None])
+            if isinstance(given, list) and given[0] is None and parameter.default in (parameter.empty, None):
+                names.append(name)
+        return [name for name in names if name not in ("self", "scheduler", "transformer", "vae")]
+
+    def _parts(self, *prefixes: str) -> list[str]:
+        """Names of the pipeline's parts that start so."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters
+        return [name for name in parameters if name.startswith(prefixes)]
+
+    def to_device(self, device: torch.device) -> None:
+        """Moves the VAE, and text encoders that stay."""
+        self._device = device
+        self.pipeline.vae.to(device)
+        if self.text_encoders == "keep":
+            self._move_text_encoders(self.pipeline, device)
+
+    def _move_text_encoders(self, pipeline: Any, device: torch.device) -> None:
+        for name in self._parts("text_encoder"):
+            module = getattr(pipeline, name)
+            if module is not None:
+                module.to(device)
+
+    # Texts
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """While it is open, text encoders that are offloaded are on the device."""
+        if self.text_encoders != "offload":
+            yield
+            return
+        self._move_text_encoders(self.pipeline, self._device)
+        try:
+            yield
+        finally:
+            self._move_text_encoders(self.pipeline, torch.device("cpu"))
+
+    def encode(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Conditioning:
+        """Prompts to conditioning; the tensors of negative prompts are named `negative_…`."""
+        tensors = dict(self._encode(prompts, negative=False))
+        if negative_prompts is not None:
+            negatives = self._encode(negative_prompts, negative=True)
+            tensors |= {f"negative_{name}": tensor for name, tensor in negatives.items()}
+        return Conditioning(tensors)
+
+    def _encode(self, texts: Sequence[str], negative: bool) -> Mapping[str, Tensor]:
+        if self.text_encoders == "cache":
+            self._cache_texts(texts, negative)
+            return self._cache(negative).read(texts).to(self._device).tensors
+        return self.encode_texts(self.pipeline, list(texts), self._device, negative)
+
+    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> None:
+        """Encodes what the cache lacks, with text encoders that are loaded for that and then freed."""
+        if self.text_encoders == "cache":
+            self._cache_texts(prompts, negative=False)
+            self._cache_texts(negative_prompts, negative=True)
+            self._holder.pop("text_pipeline", None)
+
+    @torch.no_grad()
+    def _cache_texts(self, texts: Sequence[str], negative: bool) -> None:
+        cache = self._cache(negative)
+        missing = cache.missing(texts)
+        for start in range(0, len(missing), TEXTS_A_SHARD):
+            chunk = missing[start : start + TEXTS_A_SHARD]
+            if "text_pipeline" not in self._holder:
+                self._holder["text_pipeline"] = self.load_pipeline(transformer=None, vae=None)
+            pipeline = self._holder["text_pipeline"]
+            self._move_text_encoders(pipeline, self._device)
+            cache.write(chunk, Conditioning(self.encode_texts(pipeline, chunk, self._device, negative)))
+
+    def _cache(self, negative: bool) -> TextCache:
+        name = "negative_cache" if negative else "cache"
+        if name not in self._holder:
+            parts = self._parts("text_encoder", "tokenizer")
+            settings = (type(self).__name__, str(self.dtype), str(self.max_sequence_length), str(negative))
+            fingerprint = text_fingerprint(self.pretrained, self.revision, parts, settings)
+            self._holder[name] = TextCache(self.text_cache / fingerprint)
+        cache: TextCache = self._holder[name]
+        return cache
+
+    # Painting
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels a token: what height and width must be multiples of."""
+        return int(self.pipeline.vae_scale_factor) * self.patch_size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(channels, height / f, width / f), where f is the VAE's factor."""
+        factor, multiple = self.pipeline.vae_scale_factor, self.size_multiple
+        if height % multiple or width % multiple:
+            raise ConfigurationError(f"image height and width must be multiples of {multiple}, got {height} x {width}")
+        return (self.latent_channels, height // factor, width // factor)
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        """The scheduler's grid; `height` and `width` matter if it shifts with the size."""
+        _, rows, columns = self.latent_shape(height, width)
+        scheduler = self.pipeline.scheduler
+        fresh = type(scheduler).from_config(scheduler.config)
+        fresh.set_timesteps(**self.grid(num_steps, rows * columns // self.patch_size**2))
+        return torch.as_tensor(fresh.sigmas, dtype=torch.float32).cpu()
+
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """The transformer's output, with classifier-free guidance in one doubled batch."""
+        sigma = sigma.to(latents.device).expand(len(latents))
+        positive, negative = _split(conditioning)
+        if guidance_scale == 1.0 or self.guidance != "classifier-free":
+            return self._predict(latents, sigma, positive, guidance_scale)
+        if not negative.tensors:
+            raise ValueError(f"guidance_scale={guidance_scale} needs encode(prompts, negative_prompts)")
+        both = Conditioning.cat([negative, positive])
+        twice = self._predict(torch.cat([latents, latents]), torch.cat([sigma, sigma]), both, guidance_scale)
+        negative_velocity, positive_velocity = twice.chunk(2)
+        return self.guide(negative_velocity, positive_velocity, guidance_scale)
+
+    def _predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        dtype = self._compute_dtype  # the transformer's own: the text encoders' may be another
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in conditioning.tensors.items()}
+        return self.predict(latents.to(dtype), sigma, tensors, guidance_scale).float()
+
+    def train_all(self) -> None:
+        """Makes the whole loaded transformer trainable, in float32."""
+        if self.quantization is not None:
+            raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
+        super().train_all()
+        self._compute_dtype = torch.float32
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Through the VAE, to [0, 1]."""
+        vae = self.pipeline.vae
+        images: Tensor = vae.decode(self.unscale(latents).to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The loaded transformer's repeated blocks, in order."""
+        return [block for name in self.block_names for block in getattr(self.transformer, name)]
+
+    # LoRA files
+
+    def save_lora(self, folder: Path) -> None:
+        """By the pipeline's own `save_lora_weights`, with the metadata that carries alpha."""
+        transformer = self.pipeline.transformer
+        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+        self.pipeline_class.save_lora_weights(
+            folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
+        )
+
+    def load_lora(self, file: Path) -> None:
+        """Copies a file's weights into the LoRA, scaled so that it does what it did."""
+        state, metadata = self.pipeline_class.lora_state_dict(
+            file.parent, weight_name=file.name, return_lora_metadata=True
+        )
+        fill_lora(self.pipeline.transformer, state, metadata or {}, file)
+
+
+def _split(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:
+    """The conditioning of prompts, and that of negative prompts under the same names."""
+    positive = {n: t for n, t in conditioning.tensors.items() if not n.startswith("negative_")}
+    negative = {n: conditioning.tensors[f"negative_{n}"] for n in positive if f"negative_{n}" in conditioning.tensors}
+    return Conditioning(positive), Conditioning(negative)
+
+
+def dynamic_shift(config: Any, num_tokens: int) -> float:
+    """The pipelines' mu: linear in the number of image tokens."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[N, C, H, W] to tokens [N, H W / 4, 4 C], each of 2 x 2 latent pixels.
+
+    Example:
+        >>> pack(torch.zeros(1, 16, 4, 6)).shape
+        torch.Size([1, 6, 64])
+    """
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The reverse of `pack`, for latents of height x width.
+
+    Example:
+        >>> latents = torch.arange(48.0).view(1, 2, 4, 6)
+        >>> torch.equal(unpack(pack(latents), 4, 6), latents)
+        True
+    """
+    return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2), 2)
+
+
+def read_index(pretrained: str, revision: str | None) -> dict[str, Any]:
+    """`model_index.json` of a folder or of a model on the hub.
+
+    Raises:
+        ConfigurationError: it cannot be had, or is no pipeline's.
+    """
+    try:
+        if Path(pretrained).is_dir():
+            index = json.loads((Path(pretrained) / "model_index.json").read_text(encoding="utf-8"))
+        else:
+            index = diffusers.DiffusionPipeline.load_config(pretrained, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"flow.pretrained: {pretrained!r} is no diffusers pipeline, here or on the hub: "
+            f"cannot read model_index.json ({error})"
+        ) from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ConfigurationError(f"flow.pretrained: {pretrained}/model_index.json names no pipeline class")
+    return index

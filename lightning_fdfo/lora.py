@@ -1,0 +1,163 @@
+"""LoRA: low-rank adapters on a transformer's linear layers, by PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.randomness import Stream, generator
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the transformer's linear layers: W + scale * B A.
+
+    Args:
+        rank: >= 1; inner size of A and B.
+        alpha: > 0; scale is alpha / rank.
+        targets: names (or ends of names) of linear layers; None takes the adapter's own, the attention projections.
+        dropout: in [0, 1); share of a layer's inputs that A does not see in training. Rollouts see all.
+        init: of A; B starts at 0, so that training starts from the base model. `gaussian`: N(0, 1 / rank);
+            `kaiming`: uniform in ± 1 / sqrt(inputs), PEFT's default.
+        dora: trains the magnitude of each column apart from its direction (DoRA).
+        rslora: scale is alpha / sqrt(rank) (rank-stabilised LoRA).
+        init_lora: a diffusers LoRA file (.safetensors) to start from instead.
+
+    Raises:
+        ConfigurationError: a setting out of its range.
+
+    Source: arXiv 2106.09685 (LoRA), 2402.09353 (DoRA), 2312.03732 (rsLoRA).
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    dora: bool = False
+    rslora: bool = False
+    init_lora: str | None = None
+
+    def check(self) -> None:
+        """Raises ConfigurationError for a setting out of its range, or a file that is not there."""
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ConfigurationError(f"lora: expected rank >= 1, alpha > 0 and 0 <= dropout < 1, got {self}")
+        if self.init_lora is not None and not Path(self.init_lora).is_file():
+            raise ConfigurationError(f"lora.init_lora: expected a file, got {self.init_lora}")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by.
+
+        Example:
+            >>> LoRA(rank=16, alpha=32).scale, LoRA(rank=16, alpha=32, rslora=True).scale
+            (2.0, 8.0)
+        """
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -> list[str]:
+    """Adds a LoRA to a diffusers transformer and makes it the only thing that trains, in float32.
+
+    Args:
+        transformer: a loaded model with PEFT support.
+        lora: settings.
+        targets: names, or ends of names, of linear layers.
+        seed: the initial weights are a function of this.
+
+    Returns:
+        Names of the layers that it bound.
+
+    Raises:
+        ConfigurationError: a target matches no linear layer.
+    """
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    bound = [name for name in linear if any(_ends(name, target) for target in targets)]
+    for target in targets:
+        if not any(_ends(name, target) for name in linear):
+            endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name not in bound})
+            raise ConfigurationError(
+                f"LoRA target {target!r} matches no linear layer of {type(transformer).__name__}; "
+                f"layers not bound so far end in: {', '.join(endings)}"
+            )
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=bound,
+        lora_dropout=lora.dropout,
+        init_lora_weights=True if lora.init == "kaiming" else lora.init,
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+    )
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(Stream.ADAPTER, seed).initial_seed())
+        transformer.add_adapter(config)
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return bound
+
+
+def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: Path) -> None:
+    """Copies a LoRA file's weights into the LoRA that a transformer has, scaled so that they do what they did.
+
+    Args:
+        transformer: with a LoRA by `bind_lora`.
+        state: the file's, as diffusers reads it: `transformer.LAYER.lora_A.weight` and so on.
+        metadata: the file's, with its rank and alpha; without them the scale is 1, as diffusers has it.
+        file: for messages.
+
+    Raises:
+        ConfigurationError: other layers or another rank than the LoRA's, or weights beside the transformer's.
+    """
+    prefix = "transformer."
+    foreign = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
+    if foreign:
+        raise ConfigurationError(
+            f"lora.init_lora: {file} holds weights for {', '.join(foreign)}, expected a transformer's"
+        )
+    given = {name.removeprefix(prefix): value for name, value in state.items()}
+    own = get_peft_model_state_dict(transformer)
+    for name in sorted(set(given) | set(own)):
+        if name not in own or name not in given or own[name].shape != given[name].shape:
+            has, needs = (tuple(names[name].shape) if name in names else "nothing" for names in (given, own))
+            raise ConfigurationError(
+                f"lora.init_lora: {file} does not fit the LoRA of rank {_config(transformer).r}: it has {has} for {name}, "
+                f"expected {needs}; set lora.rank, lora.targets and lora.dora as it was trained"
+            )
+    settings = {name.removeprefix(prefix): value for name, value in metadata.items()}
+    rank = _config(transformer).r
+    alpha, stabilised = settings.get("lora_alpha", rank), settings.get("use_rslora", False)
+    factor = LoRA(rank=rank, alpha=alpha, rslora=stabilised).scale / _scale(transformer)
+    scaled = {name: value.float() * (factor if ".lora_B." in name else 1) for name, value in given.items()}
+    set_peft_model_state_dict(transformer, scaled)
+
+
+def _config(transformer: Any) -> LoraConfig:
+    return transformer.peft_config["default"]
+
+
+def _scale(transformer: Any) -> float:
+    config = _config(transformer)
+    return LoRA(rank=config.r, alpha=config.lora_alpha, rslora=config.use_rslora).scale
+
+
+def dropout_layers(transformer: nn.Module) -> list[nn.Module]:
+    """The LoRA's dropouts: what training switches on and a rollout does not."""
+    return [
+        module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name
+    ]
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)

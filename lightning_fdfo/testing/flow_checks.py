@@ -1,0 +1,293 @@
+"""What every adapter must do, tried out against the pipeline that it adapts.
+
+from lightning_fdfo.testing import check_flow_model
+
+def test_it_is_a_flow_model(tmp_path):
+    check_flow_model(MyFlow(str(tiny_random_pipeline(tmp_path))))
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.lora import LoRA
+from lightning_fdfo.sampling import sample
+from lightning_fdfo.testing.conformance import Check, Result, examine, insist
+
+PROMPTS = ("a cat", 'a long sign above the door that says "open at nine", at night', "two dogs")
+NEGATIVES = ("", "blurry, and far too dark to see", "dogs")
+
+
+def check_flow_model(
+    flow: DiffusersFlow,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    num_steps: int = 4,
+    guidance_scale: float = 3.0,
+    device: str = "cpu",
+    tolerance: float = 1e-4,
+) -> None:
+    """Checks that an adapter does with its model what the model's own pipeline does.
+
+    Loads the model twice, adds a LoRA with random weights to it, and leaves it so.
+
+    Args:
+        flow: the adapter, not loaded yet; float32 for the tolerance to make sense.
+        sizes: heights and widths in pixels; None takes a small square and a small oblong.
+        num_steps: of the sampler.
+        guidance_scale: tried beside 1, if the model has guidance.
+        device: where to try it.
+        tolerance: of a pixel in [0, 1]; of a velocity, relative to its mean size.
+
+    Raises:
+        ConformanceError: with a line for each check that failed.
+
+    Example:
+        >>> from lightning_fdfo.flows import StableDiffusion3
+        >>> check_flow_model(StableDiffusion3("tiny-digits", max_sequence_length=0), num_steps=2)
+    """
+    results = run_flow_checks(
+        flow, sizes=sizes, num_steps=num_steps, guidance_scale=guidance_scale, device=device, tolerance=tolerance
+    )
+    insist(type(flow).__name__, results)
+
+
+def run_flow_checks(
+    flow: DiffusersFlow,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    num_steps: int = 4,
+    guidance_scale: float = 3.0,
+    device: str = "cpu",
+    tolerance: float = 1e-4,
+) -> Iterator[Result]:
+    """The checks one by one, as `check_flow_model` runs them; those after a fatal one are left out."""
+    with torch.random.fork_rng(devices=[]):
+        yield from examine(CHECKS, Subject(flow, sizes, num_steps, guidance_scale, torch.device(device), tolerance))
+
+
+@dataclass
+class Subject:
+    """An adapter and how it is tried."""
+
+    flow: DiffusersFlow
+    given_sizes: Sequence[tuple[int, int]] | None
+    num_steps: int
+    guidance_scale: float
+    device: torch.device
+    tolerance: float
+    plain: Any = field(default=None)
+
+    @cached_property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Those given, else a square and an oblong of a few tokens."""
+        multiple = self.flow.size_multiple
+        return self.given_sizes or ((4 * multiple, 4 * multiple), (4 * multiple, 6 * multiple))
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """Without and with guidance."""
+        return (1.0,) if self.flow.guidance == "none" else (1.0, self.guidance_scale)
+
+    def negatives(self, guidance_scale: float) -> list[str] | None:
+        """Negative prompts, where they are used."""
+        return list(NEGATIVES) if guidance_scale != 1.0 and self.flow.guidance == "classifier-free" else None
+
+    def latents(self, size: tuple[int, int]) -> Tensor:
+        """The same for all: [3, C, H, W]."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(PROMPTS), *self.flow.latent_shape(*size))
+        return torch.randn(shape, generator=generator).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, guidance_scale: float = 1.0) -> Conditioning:
+        """Of the prompts."""
+        with self.flow.encoding():
+            return self.flow.encode(list(PROMPTS), self.negatives(guidance_scale))
+
+    @torch.no_grad()
+    def our_images(self, size: tuple[int, int], guidance_scale: float) -> Tensor:
+        """By the sampler, without churn."""
+        conditioning = self.encode(guidance_scale)
+        end = sample(
+            lambda x, sigma: self.flow.velocity(x, sigma, conditioning, guidance_scale),
+            self.latents(size),
+            self.flow.sigmas(self.num_steps, *size),
+        )
+        return self.flow.decode(end)
+
+    @torch.no_grad()
+    def their_images(self, size: tuple[int, int], guidance_scale: float) -> Tensor:
+        """By the call of a pipeline of its own."""
+        images: Tensor = self.plain(
+            prompt=list(PROMPTS),
+            height=size[0],
+            width=size[1],
+            num_inference_steps=self.num_steps,
+            latents=self.flow.pipeline_latents(self.latents(size)),
+            output_type="pt",
+            **self.flow.pipeline_call(guidance_scale, self.negatives(guidance_scale)),
+        ).images
+        return images.float()
+
+    @torch.no_grad()
+    def velocity(self, rows: Sequence[int] = range(len(PROMPTS))) -> Tensor:
+        """Of some rows, each at a sigma of its own."""
+        sigma = torch.linspace(0.9, 0.2, len(PROMPTS), device=self.device)[list(rows)]
+        return self.flow.velocity(self.latents(self.sizes[-1])[list(rows)], sigma, self.encode()[list(rows)])
+
+    def far(self, ours: Tensor, theirs: Tensor, scale: float = 1.0) -> float | None:
+        """The largest difference, if it is beyond the tolerance."""
+        largest = (ours - theirs).abs().max().item()
+        return None if largest <= self.tolerance * scale else largest
+
+
+def _loads(subject: Subject) -> str | None:
+    """Loads, again and again, and registers the transformer alone, frozen."""
+    subject.flow.load()
+    subject.flow.load()
+    subject.flow.to_device(subject.device)
+    subject.flow.transformer.to(subject.device)
+    subject.plain = subject.flow.load_pipeline().to(subject.device)
+    registered = {name.split(".")[0] for name, _ in subject.flow.named_parameters()}
+    if registered != {"transformer"}:
+        return f"it registers {sorted(registered)}, expected the transformer: keep the rest in a plain holder"
+    trains = [name for name, parameter in subject.flow.named_parameters() if parameter.requires_grad]
+    return f"{len(trains)} weights train, {trains[0]} among them" if trains else None
+
+
+def _paints_the_same(subject: Subject) -> str | None:
+    """Paints, without churn, what the pipeline's own call paints from the same latents."""
+    for size in subject.sizes:
+        for guidance_scale in subject.guidance_scales:
+            ours, theirs = subject.our_images(size, guidance_scale), subject.their_images(size, guidance_scale)
+            if ours.shape != theirs.shape:
+                return f"expected images of {list(theirs.shape)}, got {list(ours.shape)}"
+            if (largest := subject.far(ours, theirs)) is not None:
+                return f"pixels differ by up to {largest:.2e} at {size[0]} x {size[1]}, guidance {guidance_scale}"
+    return None
+
+
+def _has_the_same_grid(subject: Subject) -> str | None:
+    """Has the pipeline's grid of sigmas, from 1 to 0."""
+    for size in subject.sizes:
+        sigmas = subject.flow.sigmas(subject.num_steps, *size)
+        if sigmas.shape != (subject.num_steps + 1,) or sigmas.dtype != torch.float32:
+            return f"expected float32 [{subject.num_steps + 1}], got {sigmas.dtype} {list(sigmas.shape)}"
+        if sigmas[0] != 1 or sigmas[-1] != 0 or not bool((sigmas.diff() < 0).all()):
+            return f"expected it to fall from 1 to 0, got {sigmas.tolist()}"
+        subject.their_images(size, 1.0)
+        theirs = torch.as_tensor(subject.plain.scheduler.sigmas, dtype=torch.float32).cpu()
+        if not torch.allclose(sigmas, theirs, rtol=0, atol=1e-6):
+            return f"got {sigmas.tolist()} at {size[0]} x {size[1]}, the pipeline has {theirs.tolist()}"
+    return None
+
+
+def _conditioning_is_a_batch(subject: Subject) -> str | None:
+    """Encodes to conditioning whose rows can be taken, joined and moved."""
+    together = subject.encode()
+    if {len(tensor) for tensor in together.tensors.values()} != {len(PROMPTS)}:
+        shapes = {name: list(tensor.shape) for name, tensor in together.tensors.items()}
+        return f"expected {len(PROMPTS)} rows in each tensor, got {shapes}"
+    order = [2, 0, 1]
+    joined = Conditioning.cat([together[[row]] for row in order]).to(subject.device)
+    latents, sigma = subject.latents(subject.sizes[-1]), torch.tensor(0.5, device=subject.device)
+    with torch.no_grad():
+        expected = subject.flow.velocity(latents, sigma, together)
+        again = subject.flow.velocity(latents[order], sigma, joined)
+        alone = Conditioning.cat([subject.flow.encode([prompt]) for prompt in PROMPTS])
+        encoded_alone = subject.flow.velocity(latents, sigma, alone)
+    scale = expected.abs().mean().item()
+    if (largest := subject.far(again, expected[order], scale)) is not None:
+        return f"rows taken and joined again give velocities that differ by {largest:.2e}"
+    if (largest := subject.far(encoded_alone, expected, scale)) is not None:
+        return f"prompts encoded one by one give velocities that differ by {largest:.2e}: is there a mask for padding?"
+    return None
+
+
+def _does_not_see_the_batch(subject: Subject) -> str | None:
+    """Gives in a batch the velocities that it gives one by one."""
+    together = subject.velocity()
+    alone = torch.cat([subject.velocity([row]) for row in range(len(PROMPTS))])
+    largest = subject.far(alone, together, together.abs().mean().item())
+    return None if largest is None else f"they differ by {largest:.2e}"
+
+
+def _decodes_images(subject: Subject) -> str | None:
+    """Decodes to finite float32 images in [0, 1]."""
+    for size in subject.sizes:
+        with torch.no_grad():
+            images = subject.flow.decode(20 * subject.latents(size))
+        if images.shape != (len(PROMPTS), 3, *size) or images.dtype != torch.float32:
+            return (
+                f"expected float32 [{len(PROMPTS)}, 3, {size[0]}, {size[1]}], got {images.dtype} {list(images.shape)}"
+            )
+        if not bool(images.isfinite().all()) or images.min() < 0 or images.max() > 1:
+            return f"got values from {images.min().item():.3g} to {images.max().item():.3g}: clamp them"
+    return None
+
+
+def _lora_binds(subject: Subject) -> str | None:
+    """Takes a LoRA that starts from the base model, changes the velocity, and leaves the base model as it was."""
+    before = subject.velocity()
+    bound = subject.flow.add_lora(LoRA(rank=2, alpha=6), seed=0)
+    transformer: Any = subject.flow.transformer
+    if not bound:
+        return "it binds no layer: check lora_targets"
+    if not torch.equal(subject.velocity(), before):
+        return "the velocity changes before anything was trained"
+    randomise(transformer)
+    after = subject.velocity()
+    if subject.far(after, before, before.abs().mean().item()) is None:
+        return f"a LoRA with random weights on {len(bound)} layers leaves the velocity as it was"
+    transformer.disable_adapters()
+    without = subject.velocity()
+    transformer.enable_adapters()
+    return None if torch.equal(without, before) else "with the LoRA turned off, the velocity is not the base model's"
+
+
+def randomise(transformer: Any) -> None:
+    """Gives the LoRA's B random weights, so that it does something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".lora_B." in name:
+                noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+                parameter.copy_(noise.to(parameter.device) / 4)
+
+
+def _lora_exports(subject: Subject) -> str | None:
+    """Exports the LoRA so that plain diffusers paints the same with it."""
+    size, guidance_scale = subject.sizes[0], subject.guidance_scales[-1]
+    base = subject.their_images(size, guidance_scale)
+    with tempfile.TemporaryDirectory() as folder:
+        subject.flow.save_lora(Path(folder))
+        subject.plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    ours, theirs = subject.our_images(size, guidance_scale), subject.their_images(size, guidance_scale)
+    if subject.far(theirs, base) is None:
+        return "the file changes nothing in plain diffusers"
+    largest = subject.far(ours, theirs)
+    return None if largest is None else f"pixels differ by up to {largest:.2e}: does the file carry alpha?"
+
+
+CHECKS: tuple[Check, ...] = (
+    (_loads, True),
+    (_has_the_same_grid, False),
+    (_conditioning_is_a_batch, False),
+    (_does_not_see_the_batch, False),
+    (_decodes_images, False),
+    (_paints_the_same, False),
+    (_lora_binds, True),
+    (_lora_exports, False),
+)
+"""Each check, and whether those after it make no sense if it fails."""
