@@ -15,6 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_fdfo import reward_commands
 
         raise SystemExit(reward_commands.main(words[1:]))
+    if words[:1] == ["doctor"]:
+        from lightning_fdfo import cli, doctor
+
+        raise SystemExit(cli.main(lambda: doctor.main(words[1:])))
     sys.argv = [sys.argv[0], *words]  # Lightning starts the processes of other devices from it
     from lightning_fdfo import cli
 

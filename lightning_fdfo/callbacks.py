@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lightning_fdfo.ema import EMA
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
 
@@ -183,6 +184,9 @@ class RewardCurve(Callback):
 class LoRAExport(Callback):
     """Writes the LoRA as `pytorch_lora_weights.safetensors`, which diffusers loads, at the end of `fit`.
 
+    With an `EMA` among the callbacks, the averaged LoRA takes its place, and the LoRA as it was trained goes to a
+    folder of that name and `_raw`: `lora/` and `lora_raw/`.
+
     Args:
         subfolder: of the run's folder.
     """
@@ -197,14 +201,24 @@ class LoRAExport(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the file under a temporary name, then renames it."""
+        """Writes each file under a temporary name, then renames it."""
         folder = run_folder(trainer) / self.subfolder
-        partial = folder / ".partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
-        for file in partial.iterdir():
-            file.replace(folder / file.name)
-        partial.rmdir()
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        for ema in averages:
+            _write_lora(pl_module, folder.with_name(f"{folder.name}_raw"))
+            with ema.averaged(pl_module):
+                _write_lora(pl_module, folder)
+        if not averages:
+            _write_lora(pl_module, folder)
+
+
+def _write_lora(pl_module: LightningModule, folder: Path) -> None:
+    partial = folder / ".partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
+    for file in partial.iterdir():
+        file.replace(folder / file.name)
+    partial.rmdir()
 
 
 def _judges_a_fit(trainer: Trainer) -> bool:

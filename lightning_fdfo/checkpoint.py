@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,19 @@ def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
 
 
-def fill_frozen(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], trainable: Sequence[str]) -> dict[str, Tensor]:
-    """A whole state dict from a checkpoint's trainable weights and the model's own frozen ones.
+def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Compares names and shapes of a checkpoint's weights with those that train here.
 
-    Args:
-        saved: the checkpoint's weights.
-        own: the model's whole state dict.
-        trainable: names in `own` that train.
+    The frozen weights are not in a checkpoint, so that Lightning's own strict loading would not do.
 
     Raises:
-        ConfigurationError: names or shapes of `saved` are not those that train.
+        ConfigurationError: they are not the same.
+
+    Example:
+        >>> import torch
+        >>> check_weights({"B": torch.zeros(2)}, {"B": torch.ones(2)})
     """
-    expected = {name: own[name].shape for name in trainable}
+    expected = {name: value.shape for name, value in own.items()}
     missing = {name for name, shape in expected.items() if name not in saved or saved[name].shape != shape}
     differing = sorted(missing | (set(saved) - set(expected)))
     if differing:
@@ -78,4 +79,3 @@ def fill_frozen(saved: Mapping[str, Tensor], own: Mapping[str, Tensor], trainabl
             f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
             f"first {differing[0]}; use the configuration that it was written with"
         )
-    return {**own, **saved}

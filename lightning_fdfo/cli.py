@@ -7,7 +7,7 @@ lightning-fdfo validate --config … [--ckpt_path …]
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,22 +73,24 @@ class FDFOCLI(LightningCLI):
 
     Args:
         args: command-line arguments; None takes them from the process.
+        run: False builds trainer, model and data of arguments without a command, and runs nothing.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         strict = {"allow_abbrev": False, "parser_mode": "omegaconf+"}
         super().__init__(
             FDFOModule,
             PromptDataModule,
-            save_config_callback=RunRecord,
+            save_config_callback=RunRecord if run else None,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=FDFOArgumentParser,
-            parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}},
+            parser_kwargs={**strict, **{name: dict(strict) for name in self.subcommands()}} if run else strict,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(args) if args is not None else None,
+            run=run,
         )
 
     @staticmethod
@@ -98,12 +100,13 @@ class FDFOCLI(LightningCLI):
         return {name: every[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The module's seed is `seed_everything`."""
+        """The module's seed is `seed_everything`; a flow without a class is the one that `pretrained` says."""
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds atomic checkpoints, and Lightning's plain progress bar, unless the configuration has its own."""
-        trainer = self._get(self.config_init, "trainer", default={})
+        trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = _as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
@@ -113,13 +116,20 @@ class FDFOCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
-def main() -> None:
-    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2."""
+def main(run: Callable[[], Any] = FDFOCLI) -> Any:
+    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2.
+
+    Args:
+        run: what to run.
+
+    Returns:
+        What it gives.
+    """
     transformers.logging.set_verbosity_error()
     import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
 
     try:
-        FDFOCLI()
+        return run()
     except ConfigurationError as error:
         _fail(str(error))
 

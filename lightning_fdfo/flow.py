@@ -145,8 +145,8 @@ class FlowModel(nn.Module, ABC):
         """While it is open, `encode` finds the text encoders on the device."""
         return nullcontext()
 
-    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> None:
-        """Called before training with texts that the run will encode; a model may encode them now, once for all."""
+    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str], device: torch.device) -> None:
+        """Called before `load` with texts that the run will encode; a model may encode them now, once for all."""
 
     def load_lora(self, file: Path) -> None:
         """Copies the weights of a diffusers LoRA file into the LoRA that `add_lora` has made.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
@@ -24,9 +28,9 @@ class LoRA:
         alpha: > 0; scale is alpha / rank.
         targets: names (or ends of names) of linear layers; None takes the adapter's own, the attention projections.
         dropout: in [0, 1); share of a layer's inputs that A does not see in training. Rollouts see all.
-        init: of A; B starts at 0, so that training starts from the base model. `gaussian`: N(0, 1 / rank);
-            `kaiming`: uniform in ± 1 / sqrt(inputs), PEFT's default.
-        dora: trains the magnitude of each column apart from its direction (DoRA).
+        init: of A; B starts at 0, so that training starts from the base model. `gaussian`: normal, of deviation
+            1 / rank; `kaiming`: uniform in ± 1 / sqrt(inputs), PEFT's default.
+        dora: trains the magnitude of each output's weights apart from their direction (DoRA).
         rslora: scale is alpha / sqrt(rank) (rank-stabilised LoRA).
         init_lora: a diffusers LoRA file (.safetensors) to start from instead.
 
@@ -46,11 +50,24 @@ class LoRA:
     init_lora: str | None = None
 
     def check(self) -> None:
-        """Raises ConfigurationError for a setting out of its range, or a file that is not there."""
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        """Raises ConfigurationError for a setting out of its range."""
+        if not (self.rank >= 1 and 0 < self.alpha < math.inf and 0 <= self.dropout < 1):
             raise ConfigurationError(f"lora: expected rank >= 1, alpha > 0 and 0 <= dropout < 1, got {self}")
-        if self.init_lora is not None and not Path(self.init_lora).is_file():
-            raise ConfigurationError(f"lora.init_lora: expected a file, got {self.init_lora}")
+        if self.targets is not None and not self.targets:
+            raise ConfigurationError("lora.targets: expected at least one name, got none; leave it out for the default")
+
+    def check_file(self) -> None:
+        """Raises ConfigurationError if there is an `init_lora` that is no safetensors file; reads its header alone."""
+        if self.init_lora is None:
+            return
+        try:
+            with safe_open(self.init_lora, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(
+                "lora.init_lora: expected a .safetensors file by diffusers' save_lora_weights, "
+                f"got {self.init_lora}: {error}"
+            ) from error
 
     @property
     def scale(self) -> float:
@@ -64,7 +81,7 @@ class LoRA:
 
 
 def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -> list[str]:
-    """Adds a LoRA to a diffusers transformer and makes it the only thing that trains, in float32.
+    """Adds a LoRA to a diffusers transformer and makes it the only thing that trains, in float32 and in eval mode.
 
     Args:
         transformer: a loaded model with PEFT support.
@@ -103,7 +120,23 @@ def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if lora.dora:
+        _set_magnitudes(transformer)
+    transformer.eval()  # PEFT leaves its dropouts switched on
     return bound
+
+
+@torch.no_grad()
+def _set_magnitudes(transformer: nn.Module) -> None:
+    """Makes DoRA start from the base model: PEFT rounds magnitudes to the base's dtype, here they are float32."""
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_magnitude_vector["default"].update_layer(
+                base_layer=layer.get_base_layer(),
+                lora_A=layer.lora_A["default"].weight,
+                lora_B=layer.lora_B["default"].weight,
+                scaling=layer.scaling["default"],
+            )
 
 
 def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: Path) -> None:
@@ -112,7 +145,7 @@ def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[s
     Args:
         transformer: with a LoRA by `bind_lora`.
         state: the file's, as diffusers reads it: `transformer.LAYER.lora_A.weight` and so on.
-        metadata: the file's, with its rank and alpha; without them the scale is 1, as diffusers has it.
+        metadata: the file's, with its alpha; without it the scale is 1, as diffusers has it.
         file: for messages.
 
     Raises:
@@ -122,32 +155,31 @@ def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[s
     foreign = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
     if foreign:
         raise ConfigurationError(
-            f"lora.init_lora: {file} holds weights for {', '.join(foreign)}, expected a transformer's"
+            f"lora.init_lora: {file} holds weights named {', '.join(f'{name}.…' for name in foreign)}, expected "
+            "transformer.… alone; save it again by diffusers' save_lora_weights, without text encoders"
         )
     given = {name.removeprefix(prefix): value for name, value in state.items()}
     own = get_peft_model_state_dict(transformer)
+    config = transformer.peft_config["default"]
+    rank, scale = config.r, LoRA(rank=config.r, alpha=config.lora_alpha, rslora=config.use_rslora).scale
     for name in sorted(set(given) | set(own)):
         if name not in own or name not in given or own[name].shape != given[name].shape:
             has, needs = (tuple(names[name].shape) if name in names else "nothing" for names in (given, own))
             raise ConfigurationError(
-                f"lora.init_lora: {file} does not fit the LoRA of rank {_config(transformer).r}: it has {has} for {name}, "
+                f"lora.init_lora: {file} does not fit the LoRA of rank {rank}: it has {has} for {name}, "
                 f"expected {needs}; set lora.rank, lora.targets and lora.dora as it was trained"
             )
     settings = {name.removeprefix(prefix): value for name, value in metadata.items()}
-    rank = _config(transformer).r
-    alpha, stabilised = settings.get("lora_alpha", rank), settings.get("use_rslora", False)
-    factor = LoRA(rank=rank, alpha=alpha, rslora=stabilised).scale / _scale(transformer)
-    scaled = {name: value.float() * (factor if ".lora_B." in name else 1) for name, value in given.items()}
-    set_peft_model_state_dict(transformer, scaled)
+    for name, value in given.items():
+        layer, _, part = name.partition(".lora_B.")
+        given[name] = value.float() * (_scale_in_file(settings, layer, rank) / scale if part else 1)
+    set_peft_model_state_dict(transformer, given)
 
 
-def _config(transformer: Any) -> LoraConfig:
-    return transformer.peft_config["default"]
-
-
-def _scale(transformer: Any) -> float:
-    config = _config(transformer)
-    return LoRA(rank=config.r, alpha=config.lora_alpha, rslora=config.use_rslora).scale
+def _scale_in_file(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    alphas = settings.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(alphas, layer), settings.get("lora_alpha", rank))
+    return LoRA(rank=rank, alpha=alpha, rslora=settings.get("use_rslora", False)).scale
 
 
 def dropout_layers(transformer: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +18,22 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.checkpoint import check_settings, fill_frozen
+from lightning_fdfo.checkpoint import check_settings, check_weights
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import FlowModel
-from lightning_fdfo.lora import LoRA
+from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.lora import LoRA, dropout_layers
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
 from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.reward_mix import RewardMix
-from lightning_fdfo.rollout import Rollout, Sampling, paint, roll_out
+from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -120,8 +121,10 @@ class FDFOModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
-        self.strict_loading = True
+        self.strict_loading = False  # a checkpoint holds what trains; check_weights is strict about that
         self._on_device: torch.device | None = None
+        self._texts: list[Prompt] = []
+        self._dropouts: list[nn.Module] = []
         self._rollout_metrics: dict[str, float] = {}
         self._training_started = 0.0
         taken = {"reward"} & set(self.rewards.terms)
@@ -133,8 +136,8 @@ class FDFOModule(LightningModule):
             )
         if objective.clip_range <= 0 or objective.kl_weight < 0:
             raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
-        if lora is not None and (lora.rank < 1 or lora.alpha <= 0):
-            raise ConfigurationError(f"expected rank >= 1 and alpha > 0, got {lora}")
+        if lora is not None:
+            lora.check()
         if objective.kl_weight and lora is None:
             raise ConfigurationError(
                 "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
@@ -147,9 +150,10 @@ class FDFOModule(LightningModule):
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
         with suppress(ConfigurationError):
-            self._fetch_weights()
+            self.fetch_weights()
 
-    def _fetch_weights(self) -> None:
+    def fetch_weights(self) -> None:
+        """Finds the rewards' weights, and fetches what is missing."""
         self.rewards.fetch()
         if self.metrics is not None:
             self.metrics.fetch()
@@ -162,7 +166,11 @@ class FDFOModule(LightningModule):
                 "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
             )
         self.flow.check()
-        self._fetch_weights()
+        if self.lora is not None:
+            self.lora.check_file()
+        elif getattr(self.flow, "quantization", None) is not None:
+            raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
+        self.fetch_weights()
         if stage == "fit":
             plan = self.plan
             given, derived = self.trainer.accumulate_grad_batches, plan.batches_per_update
@@ -187,6 +195,7 @@ class FDFOModule(LightningModule):
 
     def check_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
         """Raises ConfigurationError, with file and line, if a reward or metric cannot score a prompt."""
+        self._texts = [*train, *val]
         for mix, prompts in ((self.rewards, [*train, *val]), (self.metrics, val)):
             for prompt in prompts if mix is not None else []:
                 try:
@@ -198,19 +207,44 @@ class FDFOModule(LightningModule):
         """Loads the model and makes its LoRA, or the whole transformer, trainable; a second call does nothing."""
         if hasattr(self.flow, "transformer"):
             return
+        # Lightning's default device here is the accelerator: what is drawn at random would not be the CPU's.
+        with torch.device("cpu"):
+            self._cache_texts()
+            self._load()
+
+    def _load(self) -> None:
         self.flow.load()
         self.flow.latent_shape(self.sampling.height, self.sampling.width)
+        if self.flow.guidance == "none" and self.sampling.guidance_scale != 1.0:
+            raise ConfigurationError(
+                f"sampling.guidance_scale: expected 1, got {self.sampling.guidance_scale}: this model has no guidance"
+            )
         # Eval mode is meant: rollout and training must see the same velocities.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         if self.lora is not None:
             bound = self.flow.add_lora(self.lora, self.seed)
+            self._dropouts = dropout_layers(self.flow.transformer)
             rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
         else:
-            self.flow.transformer.float().requires_grad_(True)
+            self.flow.train_all()
+
+    def _cache_texts(self) -> None:
+        """Lets the flow encode all texts now, if it caches them: each device its share, then what is still missing."""
+        if not self._texts:
+            return
+        texts = [prompt.text for prompt in self._texts]
+        guided = self.sampling.guidance_scale != 1.0
+        negatives = [prompt.negative for prompt in self._texts] if guided else []
+        strategy = self.trainer.strategy
+        share = slice(self.trainer.global_rank, None, self.trainer.world_size)
+        with self.trainer.precision_plugin.forward_context():
+            self.flow.cache_texts(texts[share], negatives[share], strategy.root_device)
+            strategy.barrier()
+            self.flow.cache_texts(texts, negatives, strategy.root_device)
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable weights, and the scheduler, stepped after each update."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(self._trainable().values())
         if self.lr_scheduler is None:
             return optimizer
         return {
@@ -220,13 +254,14 @@ class FDFOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Puts text encoders, VAE and rewards on the device."""
-        self._move_to_device()
+        self.place()
 
     def on_validation_start(self) -> None:
         """The same, for `validate` alone."""
-        self._move_to_device()
+        self.place()
 
-    def _move_to_device(self) -> None:
+    def place(self) -> None:
+        """Puts text encoders, VAE and rewards on the device; a second call does nothing."""
         if self._on_device == self.device:
             return
         self.flow.to_device(self.device)
@@ -240,6 +275,7 @@ class FDFOModule(LightningModule):
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
         """The training loader: each epoch it rolls out pairs of `prompts` and yields their points."""
         return RolloutLoader(
+            self.encode,
             self._roll_out,
             self._judge,
             prompts,
@@ -252,12 +288,19 @@ class FDFOModule(LightningModule):
             track=self._track,
         )
 
-    def _roll_out(self, prompts: Sequence[Prompt], pairs: Sequence[int]) -> Rollout:
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Conditioning of prompts, on the CPU, in the trainer's precision."""
+        with self.trainer.precision_plugin.forward_context():
+            scale, batch_size = self.sampling.guidance_scale, self.sampling.rollout_batch_size
+            return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
+
+    def _roll_out(self, prompts: Sequence[Prompt], conditioning: Conditioning, pairs: Sequence[int]) -> Rollout:
         with self.trainer.precision_plugin.forward_context():
             return roll_out(
                 self.flow,
                 self.rewards,
                 prompts,
+                conditioning,
                 pairs,
                 seed=self.seed,
                 epoch=self.current_epoch,
@@ -284,14 +327,16 @@ class FDFOModule(LightningModule):
     # Training
 
     def on_train_batch_start(self, batch: TrajectoryPoints, batch_idx: int) -> None:
-        """Logs the numbers of the epoch's rollout, which lies behind its first batch."""
+        """Logs the numbers of the epoch's rollout, which lies behind its first batch; switches dropout on."""
+        self._switch_dropout(True)
         if batch_idx == 0:
             self._log_epoch(self._rollout_metrics, 1)
             self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch."""
-        velocity = self._velocity(batch)
+        with self._seeded_dropout(batch_idx):
+            velocity = self.velocity(batch)
         loss, ratio = velocity_objective(
             velocity, batch.old_velocity, batch.direction, batch.reward_difference, self.objective.clip_range
         )
@@ -307,14 +352,31 @@ class FDFOModule(LightningModule):
         self._log_epoch({f"train/{name}": value for name, value in {"loss": mean_loss, **logged}.items()}, len(loss))
         return mean_loss
 
-    def _velocity(self, batch: TrajectoryPoints) -> Tensor:
+    @contextmanager
+    def _seeded_dropout(self, batch_idx: int) -> Iterator[None]:
+        """The LoRA's dropout draws by seed, epoch, batch and device, and leaves the global generators as they were."""
+        if not self._dropouts:
+            yield
+            return
+        index = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(generator(Stream.DROPOUT, self.seed, self.current_epoch, index).initial_seed())
+            yield
+
+    def _switch_dropout(self, on: bool) -> None:
+        """On from a batch's start to its end, for checkpointed blocks run again in the backward pass."""
+        for layer in self._dropouts:
+            layer.train(on)
+
+    def velocity(self, batch: TrajectoryPoints) -> Tensor:
+        """The flow's velocity at a batch's points, as the rollout takes it: [B, ...]."""
         return self.flow.velocity(batch.latents, batch.sigma, batch.conditioning, self.sampling.guidance_scale)
 
     @torch.no_grad()
     def _base_velocity(self, batch: TrajectoryPoints) -> Tensor:
         self.flow.transformer.disable_adapters()  # type: ignore[operator]
         try:
-            return self._velocity(batch)
+            return self.velocity(batch)
         finally:
             self.flow.transformer.enable_adapters()  # type: ignore[operator]
 
@@ -325,7 +387,8 @@ class FDFOModule(LightningModule):
         self._log_epoch({"train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}, 1)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
-        """Logs the speed of training, after an epoch's last batch."""
+        """Logs the speed of training, after an epoch's last batch; switches dropout off."""
+        self._switch_dropout(False)
         if self.trainer.is_last_batch:
             points = self.plan.num_pairs * self.plan.points_per_pair
             self._log_epoch({"train/points_per_second": points / (time.perf_counter() - self._training_started)}, 1)
@@ -363,11 +426,10 @@ class FDFOModule(LightningModule):
         """Keeps the trainable weights only, notes what they mean nothing without, and adds the rewards' scales."""
         checkpoint["fdfo"] = self._identity()
         checkpoint["reward_scales"] = self.rewards.state_dict()
-        names = self._trainable_names()
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in names}
+        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trainable()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fills in the frozen weights, so that loading stays strict.
+        """Checks that the checkpoint is this module's.
 
         Raises:
             ConfigurationError: the checkpoint's trainable weights, LoRA scale or seed are not this module's.
@@ -377,12 +439,12 @@ class FDFOModule(LightningModule):
             settings.pop("seed")  # judging weights with other latents is fine, going on with others is not
         check_settings(checkpoint.get("fdfo", {}), settings)
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
-        checkpoint["state_dict"] = fill_frozen(checkpoint["state_dict"], self.state_dict(), self._trainable_names())
+        check_weights(checkpoint["state_dict"], self._trainable())
 
     def _identity(self) -> dict[str, float | None]:
         """Settings that a checkpoint's weights depend on, beside their names and shapes."""
-        rank, alpha = (self.lora.rank, self.lora.alpha) if self.lora is not None else (None, None)
-        return {"seed": self.seed, "lora.rank": rank, "lora.alpha": alpha}
+        names = ("rank", "alpha", "rslora", "dora")
+        return {"seed": self.seed, **{f"lora.{name}": getattr(self.lora, name, None) for name in names}}
 
-    def _trainable_names(self) -> list[str]:
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

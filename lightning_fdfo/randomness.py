@@ -26,6 +26,8 @@ class Stream(IntEnum):
     """The fixed initial latents of a validation image."""
     ADAPTER = 4
     """The LoRA's initial weights."""
+    DROPOUT = 5
+    """What the LoRA's dropout leaves out of a batch."""
 
 
 def generator(stream: Stream, seed: int, epoch: int = 0, index: int = 0) -> torch.Generator:

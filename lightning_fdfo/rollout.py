@@ -35,7 +35,7 @@ class Sampling:
         width: of an image, pixels.
         churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
         initial_churn: the same for the initial latents; None takes `churn`.
-        guidance_scale: 1 is without guidance, as in the paper.
+        guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
         rollout_batch_size: pairs a forward, on each device; sets memory only.
 
     Raises:
@@ -95,6 +95,7 @@ def roll_out(
     flow: FlowModel,
     rewards: RewardMix,
     prompts: Sequence[Prompt],
+    conditioning: Conditioning,
     pairs: Sequence[int],
     *,
     seed: int,
@@ -108,6 +109,7 @@ def roll_out(
         flow: the model, loaded.
         rewards: the mixture, set up.
         prompts: one a pair.
+        conditioning: of the prompts, a row each, on any device.
         pairs: their global indices in the epoch.
         seed: the run's.
         epoch: the current one.
@@ -120,7 +122,7 @@ def roll_out(
     start = time.perf_counter()
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
     shape = flow.latent_shape(sampling.height, sampling.width)
-    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale)
+    conditioning = conditioning.to(device)
     per_branch = conditioning[[row for row in range(len(pairs)) for _ in range(2)]]
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
 
@@ -164,13 +166,32 @@ def paint(
     """
     generators = [generator(Stream.VALIDATION, seed, index=index) for index in indices]
     latents = stack_normal(generators, *flow.latent_shape(sampling.height, sampling.width)).to(device)
-    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale)
+    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, len(prompts)).to(device)
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
     end = sample(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale), latents, sigmas)
     return flow.decode(end)
 
 
-def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float) -> Conditioning:
-    """Conditioning for prompts; negative prompts are encoded only if guidance uses them."""
-    negatives = [prompt.negative for prompt in prompts] if guidance_scale != 1.0 else None
-    return flow.encode([prompt.text for prompt in prompts], negatives)
+@torch.no_grad()
+def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, batch_size: int) -> Conditioning:
+    """Conditioning for prompts, a row each; negative prompts are encoded only if guidance uses them.
+
+    Args:
+        flow: the model, loaded; its text encoders are on the device while this runs, and need not be otherwise.
+        prompts: N prompts.
+        guidance_scale: 1 uses no negative prompts.
+        batch_size: texts that are encoded at once.
+    """
+    with_negatives = uses_negatives(flow, guidance_scale)
+    parts = []
+    with flow.encoding():
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            negatives = [prompt.negative for prompt in chunk] if with_negatives else None
+            parts.append(flow.encode([prompt.text for prompt in chunk], negatives))
+    return Conditioning.cat(parts)
+
+
+def uses_negatives(flow: FlowModel, guidance_scale: float) -> bool:
+    """Whether guidance needs the negative prompts."""
+    return guidance_scale != 1.0 and flow.guidance == "classifier-free"

@@ -115,7 +115,8 @@ class RolloutLoader:
     Lightning takes it for a plain training loader, so accumulation, precision and resuming are Lightning's own.
 
     Args:
-        roll_out: `roll_out(prompts, pairs) -> Rollout` for the current epoch.
+        encode: `encode(prompts) -> Conditioning`, called once an epoch, before the first pair is rolled out.
+        roll_out: `roll_out(prompts, conditioning, pairs) -> Rollout` for the current epoch.
         judge: `judge(rollout) -> [2P]`: half differences of the total, called once the whole epoch has been rolled out.
         prompts: the training prompts.
         plan: the epoch's arithmetic.
@@ -129,7 +130,8 @@ class RolloutLoader:
 
     def __init__(
         self,
-        roll_out: Callable[[Sequence[Prompt], Sequence[int]], Rollout],
+        encode: Callable[[Sequence[Prompt]], Conditioning],
+        roll_out: Callable[[Sequence[Prompt], Conditioning, Sequence[int]], Rollout],
         judge: Callable[[Rollout], Tensor],
         prompts: Sequence[Prompt],
         plan: BatchPlan,
@@ -141,6 +143,7 @@ class RolloutLoader:
         epoch: Callable[[], int],
         track: Callable[[Sequence[range]], Iterator[range]] = iter,
     ) -> None:
+        self.encode = encode
         self.roll_out = roll_out
         self.judge = judge
         self.prompts = prompts
@@ -161,11 +164,9 @@ class RolloutLoader:
         pairs = range(first, first + self.plan.pairs_per_device)
         rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + first, len(pairs), len(self.prompts))
         chunks = [pairs[start : start + self.chunk_size] for start in range(0, len(pairs), self.chunk_size)]
-        parts = []
-        for chunk in self.track(chunks):
-            prompts = [self.prompts[rows[pair - first]] for pair in chunk]
-            parts.append(self.roll_out(prompts, chunk))
-        rollout = Rollout.cat(parts)
+        prompts = [self.prompts[row] for row in rows]
+        conditioning = self.encode(prompts)
+        rollout = Rollout.cat([self._chunk(chunk, prompts, conditioning, first) for chunk in self.track(chunks)])
         yield from deal_points(
             rollout,
             self.judge(rollout),
@@ -174,3 +175,7 @@ class RolloutLoader:
             epoch=epoch,
             normalization=self.normalization,
         )
+
+    def _chunk(self, chunk: range, prompts: Sequence[Prompt], conditioning: Conditioning, first: int) -> Rollout:
+        rows = range(chunk.start - first, chunk.stop - first)
+        return self.roll_out(prompts[rows.start : rows.stop], conditioning[rows], chunk)

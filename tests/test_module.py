@@ -313,3 +313,109 @@ def forward_context_in_training_only(self):
 
 def from_rollout():
     return any(frame.function == "_roll_out" for frame in inspect.stack())
+
+
+def dropout_module(toy_module, **options):
+    return toy_module(lora=LoRA(rank=2, alpha=4, dropout=0.5), **options)
+
+
+def test_dropout_is_on_in_training_only_and_resumes_exactly(toy_module, fit, tmp_path, weights, monkeypatch):
+    states = {"rollout": set(), "training": set()}
+    original = ToyFlow.velocity
+
+    def watched(self, latents, sigma, conditioning, guidance_scale=1.0):
+        drops = {m.training for n, m in self.transformer.named_modules() if n.endswith("lora_dropout.default")}
+        states["training" if torch.is_grad_enabled() else "rollout"] |= drops
+        return original(self, latents, sigma, conditioning, guidance_scale)
+
+    monkeypatch.setattr(ToyFlow, "velocity", watched)
+    whole = dropout_module(toy_module)
+    fit(whole, 3)
+    assert states == {"rollout": {False}, "training": {True}}
+    first = dropout_module(toy_module)
+    fit(first, 1).save_checkpoint(tmp_path / "one.ckpt")
+    second = dropout_module(toy_module)
+    fit(second, 3, ckpt_path=str(tmp_path / "one.ckpt"))
+    expected = weights(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(second).items())
+    plain = toy_module()
+    fit(plain, 3)
+    assert any(not torch.equal(value, expected[name]) for name, value in weights(plain).items())
+
+
+def test_dropout_leaves_the_global_generator_alone(toy_module, fit):
+    drawn = []
+    for module in (toy_module(), dropout_module(toy_module)):
+        torch.manual_seed(3)
+        fit(module, 1)
+        drawn.append(torch.rand(1))
+    assert torch.equal(*drawn)
+
+
+def test_guidance_without_guidance_is_refused(toy_module, fit):
+    class Guideless(ToyFlow):
+        guidance = "none"
+
+    sampling = Sampling(num_steps=4, height=2, width=2, guidance_scale=2.0)
+    with pytest.raises(ConfigurationError, match=r"expected 1, got 2\.0: this model has no guidance"):
+        fit(toy_module(flow=Guideless(), sampling=sampling), 1)
+
+
+@pytest.mark.parametrize("text_encoders", ["keep", "cache"])
+def test_training_does_not_depend_on_where_texts_are_encoded(fit, weights, tmp_path, text_encoders):
+    def train(text_encoders):
+        module = FDFOModule(
+            StableDiffusion3(
+                "tiny-digits",
+                max_sequence_length=0,
+                text_encoders=text_encoders,
+                text_cache=str(tmp_path / "texts"),
+            ),
+            {"brightness": RewardTerm(brightness)},
+            sampling=Sampling(num_steps=2, height=32, width=64, churn=0.1, guidance_scale=2.0, rollout_batch_size=2),
+            num_pairs=4,
+            updates_per_epoch=1,
+            batch_size=4,
+            lora=LoRA(rank=2, alpha=2),
+        )
+        fit(module, 1)
+        return weights(module)
+
+    expected = train("offload")
+    for name, value in train(text_encoders).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "texts").exists() == (text_encoders == "cache")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_full_fine_tuning_trains_the_transformer_alone(fit, checkpointing):
+    module = FDFOModule(
+        StableDiffusion3("tiny-digits", max_sequence_length=0, gradient_checkpointing=checkpointing),
+        {"brightness": RewardTerm(brightness)},
+        sampling=Sampling(num_steps=2, height=32, width=64, churn=0.1),
+        num_pairs=2,
+        updates_per_epoch=1,
+        batch_size=4,
+        lora=None,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+    )
+    flow = StableDiffusion3("tiny-digits")
+    flow.load()
+    fit(module, 1)
+    before = dict(flow.transformer.named_parameters())
+    moved = [n for n, p in module.flow.transformer.named_parameters() if not torch.equal(p, before[n])]
+    assert len(moved) > 0.9 * len(before)
+    assert not any(p.requires_grad for p in module.flow.pipeline.vae.parameters())
+
+
+def test_the_model_is_the_cpus_whatever_the_default_device():
+    """Lightning makes the accelerator the default device while a model is built."""
+    starts = []
+    for device in ("cpu", "meta"):
+        module = FDFOModule(
+            StableDiffusion3("tiny-digits", max_sequence_length=0), {"b": RewardTerm(brightness)}, seed=3
+        )
+        with torch.device(device):
+            module.configure_model()
+        starts.append({name: value for name, value in module.named_parameters() if value.requires_grad})
+    assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())

@@ -34,6 +34,16 @@ def test_commands_parse(command, monkeypatch, capsys):
     assert stop.value.code == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lightning-fdfo doctor")])
+def test_the_doctor_finds_it_well(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command)[1:])
+    output = capsys.readouterr()
+    assert stop.value.code == 0, output.out
+    assert "Ready to train." in output.out
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lightning-fdfo rewards")])
 def test_reward_commands_run(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

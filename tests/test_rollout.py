@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.objective import direction, half_differences
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward_mix import RewardTerm
-from lightning_fdfo.rollout import paint, roll_out
+from lightning_fdfo.rollout import encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
 
@@ -20,7 +22,8 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
     flow.load()
     rewards = RewardMix({"brightness": RewardTerm(brightness)})
     prompts = [PROMPTS[pair % 3] for pair in pairs]
-    return roll_out(flow, rewards, prompts, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
+    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, batch_size=3)
+    return roll_out(flow, rewards, prompts, conditioning, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
 
 
 def judge(rollout):
@@ -37,12 +40,20 @@ def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
         world_size=world_size,
     )
 
-    def run(prompts, pairs):
+    flow = ToyFlow()
+
+    def encode(prompts):
+        return encode_prompts(flow, prompts, 1.0, batch_size=2)
+
+    def run(prompts, conditioning, pairs):
         if calls is not None:
             calls.append(([p.text for p in prompts], list(pairs)))
+        expected = encode(prompts).tensors["embeds"]
+        assert torch.equal(conditioning.tensors["embeds"], expected)
         return make_rollout(pairs)
 
     return RolloutLoader(
+        encode,
         run,
         judge,
         PROMPTS,
@@ -140,3 +151,38 @@ def test_validation_images_are_fixed_and_without_churn():
     )
     torch.testing.assert_close(images[2:], again)
     assert images.shape == (3, 3, 2, 2)
+
+
+class CountingFlow(ToyFlow):
+    """Notes when its text encoders are on the device, and what is encoded then."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    @contextmanager
+    def encoding(self):
+        self.log.append("open")
+        yield
+        self.log.append("closed")
+
+    def encode(self, prompts, negative_prompts=None):
+        self.log.append((len(prompts), negative_prompts))
+        return super().encode(prompts)
+
+
+def test_texts_are_encoded_while_the_encoders_are_there_and_negatives_only_for_guidance():
+    flow = CountingFlow()
+    assert len(encode_prompts(flow, PROMPTS, 1.0, batch_size=2)) == 3
+    encode_prompts(flow, PROMPTS[:1], 2.0, batch_size=2)
+    assert flow.log == ["open", (2, None), (1, None), "closed", "open", (1, [""]), "closed"]
+
+
+class EmbeddedFlow(CountingFlow):
+    guidance = "embedded"
+
+
+def test_embedded_guidance_needs_no_negatives():
+    flow = EmbeddedFlow()
+    encode_prompts(flow, PROMPTS[:1], 3.5, batch_size=2)
+    assert flow.log == ["open", (1, None), "closed"]

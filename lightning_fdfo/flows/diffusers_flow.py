@@ -10,13 +10,9 @@ How to write an adapter: docs/adapters.md.
 from __future__ import annotations
 
 import inspect
-import json
-import re
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,30 +27,20 @@ from torch import Tensor, nn
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
+from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.lora import fill_lora
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 TextEncoders = Literal["offload", "keep", "cache"]
 TEXTS_A_SHARD = 32
 """Texts that are encoded, and written to the cache, at once."""
 
 
-def resolve_pretrained(pretrained: str) -> str:
-    """The folder of a shipped model's name, else the name itself (a folder or a hub name).
-
-    Example:
-        >>> resolve_pretrained("stabilityai/stable-diffusion-3.5-medium")
-        'stabilityai/stable-diffusion-3.5-medium'
-        >>> Path(resolve_pretrained("tiny-digits")).name
-        'tiny-digits'
-    """
-    shipped = Path(str(files("lightning_fdfo.assets"))) / pretrained
-    return str(shipped) if (shipped / "model_index.json").is_file() else pretrained
-
-
-class DiffusersFlow(FlowModel):
+class DiffusersFlow(Adapter, FlowModel):
     """A flow model that diffusers has a pipeline for.
+
+    Called by itself it gives the adapter that serves the pipeline in `model_index.json`; that reads a folder, or asks
+    the hub for one small file. To name the adapter's own class asks nobody.
 
     Args:
         pretrained: a shipped model (`tiny-digits`), a folder, or a hub name like
@@ -71,11 +57,14 @@ class DiffusersFlow(FlowModel):
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ConfigurationError: from `check` and `load`, if the pipeline is of another class or cannot be had.
+        ConfigurationError: no adapter serves the pipeline; from `check` and `load`, if it is of another class than the
+            adapter's or cannot be had.
+
+    Example:
+        >>> type(DiffusersFlow("tiny-digits")).__name__
+        'StableDiffusion3'
     """
 
-    pipeline_classes: ClassVar[tuple[str, ...]]
-    """Names in diffusers of the pipelines that the adapter serves."""
     sequence_length: ClassVar[int]
     """Default of `max_sequence_length`."""
     block_names: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
@@ -113,7 +102,6 @@ class DiffusersFlow(FlowModel):
 
     # What an adapter says
 
-    @abstractmethod
     def encode_texts(self, pipeline: Any, texts: list[str], device: torch.device, negative: bool) -> Mapping[str, Any]:
         """Texts to named tensors, a row each, by the pipeline's own `encode_prompt`.
 
@@ -123,8 +111,8 @@ class DiffusersFlow(FlowModel):
             device: where the encoders are.
             negative: whether these are negative prompts, where the pipeline makes a difference.
         """
+        raise NotImplementedError(f"{type(self).__name__} must say how its pipeline encodes texts")
 
-    @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, tensors: Mapping[str, Tensor], guidance_scale: float) -> Tensor:
         """One forward of the transformer: the velocity without classifier-free guidance.
 
@@ -134,12 +122,12 @@ class DiffusersFlow(FlowModel):
             tensors: of `encode_texts`, floating ones in the transformer's dtype.
             guidance_scale: for a model that has it embedded.
         """
+        raise NotImplementedError(f"{type(self).__name__} must say how its transformer is called")
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        channels: int = self.transformer.config.in_channels  # type: ignore[union-attr,assignment]
-        return channels
+        return int(self.pipeline.transformer.config.in_channels)
 
     def guide(self, negative: Tensor, positive: Tensor, guidance_scale: float) -> Tensor:
         """Classifier-free guidance: negative + guidance_scale * (positive - negative)."""
@@ -156,7 +144,8 @@ class DiffusersFlow(FlowModel):
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents as the VAE decodes them."""
         config = self.pipeline.vae.config
-        return latents / config.scaling_factor + config.shift_factor
+        scaled: Tensor = latents / config.scaling_factor + config.shift_factor
+        return scaled
 
     def pipeline_call(self, guidance_scale: float, negative_prompts: list[str] | None) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the same; for checks."""
@@ -181,17 +170,12 @@ class DiffusersFlow(FlowModel):
         """Raises ConfigurationError if the folder is not a pipeline of this class; a hub name is not asked for."""
         if self.quantization is not None:
             quantization_config(self.quantization, self.dtype)
-        if Path(self.pretrained).is_dir():
+        if Path(self.pretrained).is_dir() or not HUB_NAME.fullmatch(self.pretrained):
             self.index  # noqa: B018 - it checks
-        elif not HUB_NAME.fullmatch(self.pretrained):
-            raise ConfigurationError(
-                f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
-                f"'owner/model', got {self.pretrained!r}, which is none of these"
-            )
 
     def load(self) -> None:
         """Loads the pipeline, without text encoders where their outputs are cached."""
-        if self._holder:
+        if "pipeline" in self._holder:
             return
         self.check()
         absent = self._parts("text_encoder", "tokenizer") if self.text_encoders == "cache" else []
@@ -275,6 +259,12 @@ class DiffusersFlow(FlowModel):
         if self.text_encoders == "keep":
             self._move_text_encoders(self.pipeline, device)
 
+    @property
+    def text_modules(self) -> list[nn.Module]:
+        """The loaded text encoders."""
+        modules = [getattr(self.pipeline, name) for name in self._parts("text_encoder")]
+        return [module for module in modules if module is not None]
+
     def _move_text_encoders(self, pipeline: Any, device: torch.device) -> None:
         for name in self._parts("text_encoder"):
             module = getattr(pipeline, name)
@@ -309,9 +299,10 @@ class DiffusersFlow(FlowModel):
             return self._cache(negative).read(texts).to(self._device).tensors
         return self.encode_texts(self.pipeline, list(texts), self._device, negative)
 
-    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> None:
+    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str], device: torch.device) -> None:
         """Encodes what the cache lacks, with text encoders that are loaded for that and then freed."""
         if self.text_encoders == "cache":
+            self._device = device
             self._cache_texts(prompts, negative=False)
             self._cache_texts(negative_prompts, negative=True)
             self._holder.pop("text_pipeline", None)
@@ -322,17 +313,33 @@ class DiffusersFlow(FlowModel):
         missing = cache.missing(texts)
         for start in range(0, len(missing), TEXTS_A_SHARD):
             chunk = missing[start : start + TEXTS_A_SHARD]
-            if "text_pipeline" not in self._holder:
-                self._holder["text_pipeline"] = self.load_pipeline(transformer=None, vae=None)
-            pipeline = self._holder["text_pipeline"]
-            self._move_text_encoders(pipeline, self._device)
+            pipeline = self._text_pipeline()
             cache.write(chunk, Conditioning(self.encode_texts(pipeline, chunk, self._device, negative)))
 
+    def _text_pipeline(self) -> Any:
+        """One with text encoders on the device, whose transformer and VAE are descriptions without weights."""
+        if "text_pipeline" not in self._holder:
+            described = {name: self._described(name) for name in ("transformer", "vae")}
+            pipeline = self.load_pipeline(**described)
+            self._move_text_encoders(pipeline, self._device)
+            self._holder["text_pipeline"] = pipeline
+        return self._holder["text_pipeline"]
+
+    def _described(self, name: str) -> nn.Module:
+        """A part of the pipeline by its configuration, on the meta device."""
+        part = getattr(diffusers, self.index[name][1])
+        config = part.load_config(self.pretrained, subfolder=name, revision=self.revision)
+        with torch.device("meta"):
+            module: nn.Module = part.from_config(config)
+        return module
+
     def _cache(self, negative: bool) -> TextCache:
-        name = "negative_cache" if negative else "cache"
+        kind = self._device.type
+        autocast = str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        settings = (type(self).__name__, str(self.dtype), autocast, str(self.max_sequence_length), str(negative))
+        name = f"cache {settings}"
         if name not in self._holder:
             parts = self._parts("text_encoder", "tokenizer")
-            settings = (type(self).__name__, str(self.dtype), str(self.max_sequence_length), str(negative))
             fingerprint = text_fingerprint(self.pretrained, self.revision, parts, settings)
             self._holder[name] = TextCache(self.text_cache / fingerprint)
         cache: TextCache = self._holder[name]
@@ -398,6 +405,17 @@ class DiffusersFlow(FlowModel):
         """The loaded transformer's repeated blocks, in order."""
         return [block for name in self.block_names for block in getattr(self.transformer, name)]
 
+    @property
+    def width(self) -> int:
+        """Numbers a token in the transformer."""
+        config: Any = self.transformer.config
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
+
+    def num_tokens(self, height: int, width: int, conditioning: Conditioning) -> int:
+        """Tokens of an image and its text."""
+        pixels = height * width // self.size_multiple**2
+        return pixels + max(t.shape[1] for t in conditioning.tensors.values() if t.ndim == 3)
+
     # LoRA files
 
     def save_lora(self, folder: Path) -> None:
@@ -410,10 +428,16 @@ class DiffusersFlow(FlowModel):
 
     def load_lora(self, file: Path) -> None:
         """Copies a file's weights into the LoRA, scaled so that it does what it did."""
-        state, metadata = self.pipeline_class.lora_state_dict(
-            file.parent, weight_name=file.name, return_lora_metadata=True
-        )
-        fill_lora(self.pipeline.transformer, state, metadata or {}, file)
+        read = self.pipeline_class.lora_state_dict
+        options = {"weight_name": file.name, "return_lora_metadata": True}
+        if "return_alphas" in inspect.signature(read).parameters:  # it would drop them, were they not asked for
+            state, alphas, metadata = read(file.parent, return_alphas=True, **options)
+        else:
+            (state, metadata), alphas = read(file.parent, **options), None
+        own = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
+        each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
+        own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
+        fill_lora(self.pipeline.transformer, state, own, file)
 
 
 def _split(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:
@@ -448,24 +472,3 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
         True
     """
     return F.pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2), 2)
-
-
-def read_index(pretrained: str, revision: str | None) -> dict[str, Any]:
-    """`model_index.json` of a folder or of a model on the hub.
-
-    Raises:
-        ConfigurationError: it cannot be had, or is no pipeline's.
-    """
-    try:
-        if Path(pretrained).is_dir():
-            index = json.loads((Path(pretrained) / "model_index.json").read_text(encoding="utf-8"))
-        else:
-            index = diffusers.DiffusionPipeline.load_config(pretrained, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"flow.pretrained: {pretrained!r} is no diffusers pipeline, here or on the hub: "
-            f"cannot read model_index.json ({error})"
-        ) from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ConfigurationError(f"flow.pretrained: {pretrained}/model_index.json names no pipeline class")
-    return index

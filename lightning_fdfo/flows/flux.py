@@ -55,8 +55,8 @@ class Flux(DiffusersFlow):
     def predict(self, latents: Tensor, sigma: Tensor, tensors: Mapping[str, Tensor], guidance_scale: float) -> Tensor:
         """At timestep sigma; a token's position is (0, row, column), a word's is 0."""
         _, _, height, width = latents.shape
-        rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-        positions = torch.cartesian_prod(torch.zeros(1), rows, columns).to(latents)
+        axes = [torch.arange(length, dtype=torch.float32) for length in (1, height // 2, width // 2)]
+        positions = torch.cartesian_prod(*axes).to(latents.device)
         guidance = torch.full_like(sigma, guidance_scale) if self.guidance == "embedded" else None
         tokens: Tensor = self.transformer(
             hidden_states=pack(latents),
@@ -64,7 +64,7 @@ class Flux(DiffusersFlow):
             guidance=guidance,
             encoder_hidden_states=tensors["prompt_embeds"],
             pooled_projections=tensors["pooled_prompt_embeds"],
-            txt_ids=latents.new_zeros(tensors["prompt_embeds"].shape[1], 3),
+            txt_ids=positions.new_zeros(tensors["prompt_embeds"].shape[1], 3),
             img_ids=positions,
             return_dict=False,
         )[0]

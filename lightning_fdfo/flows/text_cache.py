@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import diffusers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning
 
 SMALL = 1 << 24
@@ -59,19 +61,25 @@ class TextCache:
         """Adds a shard of texts and their rows.
 
         Raises:
-            OSError: it cannot be written, for want of space, say.
+            ConfigurationError: it cannot be written, for want of space, say.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         partial = path.with_suffix(".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in conditioning.tensors.items()}
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, metadata={"keys": json.dumps([_key(text) for text in texts])})
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(
+                f"flow.text_cache: cannot write to {self.folder} ({error}); "
+                "choose a folder with room, or make some; what is there can be deleted at any time"
+            ) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
         self._add(path)
 
     def read(self, texts: Sequence[str]) -> Conditioning:
@@ -80,6 +88,8 @@ class TextCache:
         Raises:
             KeyError: a text is not here.
         """
+        if missing := self.missing(texts):
+            raise KeyError(f"no encoded text in {self.folder} for {missing[0]!r}")
         return Conditioning.cat([self._row(*self._places[_key(text)]) for text in texts])
 
     def _row(self, path: Path, row: int) -> Conditioning:
@@ -115,7 +125,7 @@ def text_fingerprint(pretrained: str, revision: str | None, parts: Sequence[str]
     Returns:
         32 hexadecimal digits.
     """
-    facts = [f"{name} {version(name)}" for name in ("diffusers", "transformers", "tokenizers")]
+    facts = [f"{name} {version(name)}" for name in ("lightning-fdfo", "diffusers", "transformers", "tokenizers")]
     facts += [*settings, *_facts(Path(_local_folder(pretrained, revision)), parts)]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
 

@@ -140,7 +140,6 @@ class Subject:
         ).images
         return images.float()
 
-    @torch.no_grad()
     def velocity(self, rows: Sequence[int] = range(len(PROMPTS))) -> Tensor:
         """Of some rows, each at a sigma of its own."""
         sigma = torch.linspace(0.9, 0.2, len(PROMPTS), device=self.device)[list(rows)]
@@ -217,8 +216,9 @@ def _conditioning_is_a_batch(subject: Subject) -> str | None:
 
 def _does_not_see_the_batch(subject: Subject) -> str | None:
     """Gives in a batch the velocities that it gives one by one."""
-    together = subject.velocity()
-    alone = torch.cat([subject.velocity([row]) for row in range(len(PROMPTS))])
+    with torch.no_grad():
+        together = subject.velocity()
+        alone = torch.cat([subject.velocity([row]) for row in range(len(PROMPTS))])
     largest = subject.far(alone, together, together.abs().mean().item())
     return None if largest is None else f"they differ by {largest:.2e}"
 
@@ -238,7 +238,10 @@ def _decodes_images(subject: Subject) -> str | None:
 
 
 def _lora_binds(subject: Subject) -> str | None:
-    """Takes a LoRA that starts from the base model, changes the velocity, and leaves the base model as it was."""
+    """Takes a LoRA that starts from the base model, changes the velocity, and leaves the base model as it was.
+
+    Each of its weights must have a gradient, be it 0: DDP waits for those that have none.
+    """
     before = subject.velocity()
     bound = subject.flow.add_lora(LoRA(rank=2, alpha=6), seed=0)
     transformer: Any = subject.flow.transformer
@@ -250,6 +253,11 @@ def _lora_binds(subject: Subject) -> str | None:
     after = subject.velocity()
     if subject.far(after, before, before.abs().mean().item()) is None:
         return f"a LoRA with random weights on {len(bound)} layers leaves the velocity as it was"
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(subject.velocity().sum(), list(trained.values()), allow_unused=True)
+    lost = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    if lost:
+        return f"{len(lost)} of its weights have no gradient, {lost[0]} among them: leave them out, or tie them in"
     transformer.disable_adapters()
     without = subject.velocity()
     transformer.enable_adapters()

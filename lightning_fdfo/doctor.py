@@ -1,0 +1,342 @@
+"""`lightning-fdfo doctor --config FILE`: builds all that a run needs, tries each part, and says what it found.
+
+First what can be known without loading the model: its folder, the rewards' weights, the prompts, the arithmetic of an
+epoch. Then, set up by the trainer of the configuration, on its device and in its precision: one pair is rolled out,
+judged, and trained on without a step. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from lightning_fdfo import memory
+from lightning_fdfo.batching import BatchPlan
+from lightning_fdfo.cli import FDFOCLI
+from lightning_fdfo.data import PromptDataModule
+from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.objective import half_differences, velocity_objective
+from lightning_fdfo.prompts import Prompt, read_prompts
+from lightning_fdfo.reward import as_reward
+from lightning_fdfo.rollout import Rollout, Sampling, roll_out, uses_negatives
+from lightning_fdfo.rollout_loader import TrajectoryPoints, deal_points
+
+MAX_FAULTS = 5
+"""Faulty prompts that are told one by one."""
+
+
+class Finding(NamedTuple):
+    """What was looked at, and how it is."""
+
+    well: bool
+    text: str
+
+
+class DoctorCLI(FDFOCLI):
+    """Builds what `fit` would build, with a trainer that examines instead of training."""
+
+    def __init__(self, args: Sequence[str], examination: Callback) -> None:
+        self.examination = examination
+        super().__init__(args, run=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The configuration's device, strategy and precision; nothing that writes, and no epoch."""
+        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        silent["enable_model_summary"] = False
+        return super().instantiate_trainer(
+            **kwargs, **silent, callbacks=[self.examination], max_epochs=0, max_steps=-1, num_sanity_val_steps=0
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: those of `fit`.
+
+    Returns:
+        0 if all is well, 1 with a fault.
+    """
+    examination = Examination()
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
+    warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own
+    cli = DoctorCLI(arguments, examination)
+    findings = list(before_loading(cli.model, cli.datamodule, cli.trainer))
+    if all(finding.well for finding in findings):
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule)
+        except (ConfigurationError, RewardError) as error:
+            findings.append(Finding(False, str(error)))
+        findings += examination.findings
+    if not cli.trainer.is_global_zero:
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        mark = "[green]well [/green] " if finding.well else "[bold red]FAULT[/bold red] "
+        text = escape(finding.text)
+        console.print(mark + (text if finding.well else f"[red]{text}[/red]"))
+    faults = sum(not finding.well for finding in findings)
+    console.print(f"{faults} fault{'s' * (faults != 1)}" if faults else "Ready to train.")
+    return int(faults > 0)
+
+
+# Without the model
+
+
+def before_loading(module: FDFOModule, data: PromptDataModule, trainer: Trainer) -> Iterator[Finding]:
+    """What can be known before the model is loaded."""
+    module.trainer = trainer
+    yield _tried(
+        module.flow.check, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
+    )
+    yield _tried(module.fetch_weights, f"the weights of {', '.join(module.rewards.terms)} are here")
+    yield from _prompts(module, data)
+    try:
+        yield Finding(True, str(module.plan))
+    except ConfigurationError as error:
+        yield Finding(False, str(error))
+
+
+def _tried(function: Callable[[], Any], text: str) -> Finding:
+    try:
+        function()
+    except ConfigurationError as error:
+        return Finding(False, str(error))
+    return Finding(True, text)
+
+
+def _prompts(module: FDFOModule, data: PromptDataModule) -> Iterator[Finding]:
+    """Whether each row has what the rewards need, and the metrics for validation."""
+    for path, train in ((data.train_path, True), (data.val_path, False)):
+        if path is None:
+            continue
+        try:
+            prompts = read_prompts(path)
+        except ConfigurationError as error:
+            yield Finding(False, str(error))
+            continue
+        faults = [fault for prompt in prompts if (fault := _fault(module, prompt, train))]
+        yield from (Finding(False, fault) for fault in faults[:MAX_FAULTS])
+        if len(faults) > MAX_FAULTS:
+            yield Finding(False, f"{path}: {len(faults) - MAX_FAULTS} more such prompts")
+        if not faults:
+            yield Finding(True, f"{path}: {len(prompts)} prompts, each with what its rewards need")
+
+
+def _fault(module: FDFOModule, prompt: Prompt, train: bool) -> str | None:
+    try:
+        module.check_prompts([prompt] if train else [], [] if train else [prompt])
+    except ConfigurationError as error:
+        return str(error)
+    return None
+
+
+# With the model
+
+
+class Examination(Callback):
+    """Tries the model when all is in place, before the first epoch would begin."""
+
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Examines; without `max_epochs` nothing follows."""
+        assert isinstance(pl_module, FDFOModule)
+        self.findings += examine(pl_module, trainer.datamodule.train_prompts[0])  # type: ignore[attr-defined]
+
+
+def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
+    """Rolls out one pair, and looks at all that training would make of it.
+
+    Args:
+        module: attached to a trainer, its model loaded.
+        prompt: to paint.
+    """
+    module.place()
+    with module.trainer.precision_plugin.forward_context():
+        yield _what_trains(module)
+        conditioning = module.encode([prompt])
+        yield _without_churn(module, prompt, conditioning)
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
+        rollout = _pair(module, prompt, conditioning, module.sampling)
+        yield _churn(module, rollout)
+        yield from _scores(module, rollout)
+        points = _points(module, rollout)
+        yield _replay(module, points)
+        yield _gradient(module, points)
+    yield _rollout_size(module, conditioning)
+    yield from _memory(module, conditioning)
+
+
+def _trainable(module: FDFOModule) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _what_trains(module: FDFOModule) -> Finding:
+    count = f"{sum(parameter.numel() for parameter in _trainable(module)):,} weights train".replace(",", " ")
+    if module.lora is None:
+        return Finding(True, f"the whole transformer: {count}")
+    layers = {name.split(".lora_")[0] for name, p in module.flow.named_parameters() if p.requires_grad}
+    return Finding(bool(layers), f"LoRA of rank {module.lora.rank} bound {len(layers)} layers: {count}")
+
+
+def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampling: Sampling) -> Rollout:
+    return roll_out(
+        module.flow,
+        module.rewards,
+        [prompt],
+        conditioning,
+        [0],
+        seed=module.seed,
+        epoch=0,
+        sampling=sampling,
+        device=module.device,
+    )
+
+
+def _without_churn(module: FDFOModule, prompt: Prompt, conditioning: Conditioning) -> Finding:
+    sampling = replace(module.sampling, churn=0.0, initial_churn=0.0, num_steps=min(4, module.sampling.num_steps))
+    ends = _pair(module, prompt, conditioning, sampling).trajectories.latents[:, -1]
+    largest = half_differences(ends).abs().max().item()
+    text = f"without churn the two latents of a pair differ by at most {largest:.2g}"
+    if largest <= 1e-3 * ends.abs().mean().item():
+        return Finding(True, text)
+    return Finding(
+        False, f"{text}: the velocity is not a function of its arguments; is a dropout on in the transformer?"
+    )
+
+
+def _churn(module: FDFOModule, rollout: Rollout) -> Finding:
+    difference = half_differences(rollout.trajectories.latents[:, -1]).square().mean().sqrt().item()
+    size = rollout.trajectories.latents[:, -1].square().mean().sqrt().item()
+    text = (
+        f"with churn {module.sampling.churn} they differ by {difference / size:.1%} (root mean square, half difference)"
+    )
+    enough = difference > 1e-6 * size  # less is rounding
+    return Finding(enough, text if enough else f"{text}: sampling.churn must be above 0")
+
+
+def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
+    """A reward that raises ends the examination with its own message."""
+    for name, scores in rollout.scores.items():
+        low, high = as_reward(module.rewards.terms[name].reward).range
+        given = ", ".join(f"{score:.4g}" for score in scores.tolist())
+        slack = 1e-4 * (1 + scores.abs())
+        well = bool(scores.isfinite().all() and (scores >= low - slack).all() and (scores <= high + slack).all())
+        yield Finding(well, f"{name}: {given} for two images; its range is {low:g} … {high:g}")
+
+
+def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
+    """A batch as training has it, of this one pair's points, some of them several times if need be."""
+    num_steps = module.sampling.num_steps
+    plan = BatchPlan.derive(
+        num_pairs=1, updates_per_epoch=1, num_steps=num_steps, num_points_per_pair=None, batch_size=2 * num_steps,
+        world_size=1,
+    )  # fmt: skip
+    (batch,) = deal_points(
+        rollout,
+        torch.tensor([1.0, -1.0]),
+        plan,
+        seed=module.seed,
+        epoch=0,
+        normalization=module.objective.normalization,
+    )
+    rows = torch.arange(module.batch_size) % (2 * num_steps)
+    chosen: list[Any] = [values[rows].to(module.device) for values in batch]
+    return TrajectoryPoints(*chosen)
+
+
+def _replay(module: FDFOModule, points: TrajectoryPoints) -> Finding:
+    """The ratio is what training sees of a difference: it must stay well inside the clip range."""
+    with torch.no_grad():
+        velocity = module.velocity(points)
+    ratio = velocity_objective(velocity, points.old_velocity, points.direction, points.reward_difference).ratio
+    largest = (velocity - points.old_velocity).abs().max().item()
+    off = (ratio - 1).abs().max().item()
+    text = (
+        f"replayed in {module.trainer.precision}, the velocity of {len(velocity)} stored points differs from the "
+        f"rollout's by at most {largest:.2g}: ratios leave 1 by {off:.2g}, clip_range is {module.objective.clip_range}"
+    )
+    return Finding(off <= module.objective.clip_range / 10, text)
+
+
+def _gradient(module: FDFOModule, points: TrajectoryPoints) -> Finding:
+    """By autograd.grad: no gradient is left behind, and no strategy's hooks are called."""
+    loss, _ = velocity_objective(
+        module.velocity(points), points.old_velocity, points.direction, points.reward_difference
+    )
+    parameters = _trainable(module)
+    gradients = [
+        gradient for gradient in torch.autograd.grad(loss.mean(), parameters, allow_unused=True) if gradient is not None
+    ]
+    norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+    reached = f"{len(gradients)} of {len(parameters)} tensors"
+    text = f"a batch of {len(loss)} points gives a gradient of norm {norm:.3g} to {reached}"
+    return Finding(0 < norm < float("inf"), text)
+
+
+def _rollout_size(module: FDFOModule, conditioning: Conditioning) -> Finding:
+    sampling, plan = module.sampling, module.plan
+    latent = torch.Size(module.flow.latent_shape(sampling.height, sampling.width)).numel()
+    row = sum(tensor[0].nbytes for tensor in conditioning.tensors.values())
+    size = memory.rollout_bytes(plan.pairs_per_device, sampling.num_steps, latent, row)
+    return Finding(True, f"an epoch's rollout takes {memory.human(size)} of main memory, for each device")
+
+
+def _memory(module: FDFOModule, conditioning: Conditioning) -> Iterator[Finding]:
+    """The estimate, and on CUDA what was measured beside it."""
+    parts = estimate(module, conditioning)
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {memory.human(size)}" for name, size in parts.items())
+    text = f"estimated memory of a device, rewards left out: {memory.human(total)} ({listed})"
+    if module.device.type != "cuda":
+        yield Finding(True, text)
+        return
+    available = torch.cuda.get_device_properties(module.device).total_memory
+    yield Finding(total <= available, f"{text}, of {memory.human(available)}")
+    peak = torch.cuda.max_memory_allocated(module.device)
+    yield Finding(True, f"measured while one pair was rolled out and trained on: {memory.human(peak)} at most")
+
+
+def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:
+    """Bytes on a device by what takes them, while training; for a flow of diffusers.
+
+    Args:
+        module: loaded.
+        conditioning: of one prompt.
+    """
+    trainable = _trainable(module)
+    trained = {id(parameter) for parameter in trainable}
+    frozen = [p for p in module.flow.transformer.parameters() if id(p) not in trained]
+    parts = {
+        "frozen weights": sum(p.nbytes for p in frozen),
+        "what trains": memory.training_state_bytes(sum(p.numel() for p in trainable)),
+    }
+    if isinstance(module.flow, DiffusersFlow):
+        pipeline = module.flow.pipeline
+        parts["VAE"] = sum(p.nbytes for p in pipeline.vae.parameters())
+        if module.flow.text_encoders == "keep":
+            parts["text encoders"] = sum(p.nbytes for part in module.flow.text_modules for p in part.parameters())
+        sampling = module.sampling
+        parts["activations of a batch"] = memory.activation_bytes(
+            len(module.flow.blocks),
+            module.batch_size * (2 if uses_negatives(module.flow, sampling.guidance_scale) else 1),
+            module.flow.num_tokens(sampling.height, sampling.width, conditioning),
+            module.flow.width,
+            bytes_per_value=4 if module.trainer.precision == "32-true" else 2,
+            checkpointing=module.flow.gradient_checkpointing,
+        )
+    return parts

@@ -1,0 +1,84 @@
+"""The pages in docs/: their Python runs, their commands and configurations parse, what they name exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_fdfo.flows
+from lightning_fdfo.__main__ import main
+from lightning_fdfo.cli import FDFOCLI
+from lightning_fdfo.flow import FlowModel
+from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.flows.registry import Adapter
+
+ROOT = Path(__file__).parent.parent
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+
+
+COMMANDS = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def adapters(monkeypatch):
+    """Classes that a page defines serve their pipelines for one test only."""
+    monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("lightning-fdfo fit")])
+def test_commands_parse(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[1:], "--print_config"])
+    assert stop.value.code == 0, capsys.readouterr().err
+
+
+def test_the_adapter_is_one(adapters):
+    """The page's own test, of the page's own class."""
+    namespace = {}
+    for block in blocks("adapters.md", "python"):
+        exec(block, namespace)
+    namespace["test_it_is_a_flow_model"]()
+
+
+def test_a_configuration_can_name_the_adapter(adapters, tmp_path, monkeypatch):
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "my_flow.py").write_text(blocks("adapters.md", "python")[0], encoding="utf-8")
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(blocks("adapters.md", "yaml")[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    built = []
+    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self.model.flow))
+    FDFOCLI(["fit", "--config=configs/quickstart.yaml", f"--config={overlay}"])
+    (flow,) = built
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["flow"]
+    assert f"{type(flow).__module__}.{type(flow).__name__}" == wanted["class_path"]
+    assert type(DiffusersFlow("tiny-digits")) is type(flow)  # found by its pipeline, too
+
+
+def test_the_hooks_are_the_base_classs():
+    hooks = re.findall(r"^\| `(\w+)` \|", PAGES["adapters.md"], flags=re.MULTILINE)
+    known = set(dir(DiffusersFlow)) | set(DiffusersFlow.__annotations__) | set(FlowModel.__annotations__)
+    assert len(hooks) == 16
+    assert set(hooks) <= known
+
+
+def test_files_that_the_pages_name_exist():
+    for page, text in PAGES.items():
+        for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|txt|md))`", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (ROOT / "docs" / target).exists(), f"{page}: {target}"
+        for name in re.findall(r"`class_path: (\w+)`", text):
+            assert hasattr(lightning_fdfo.flows, name), f"{page}: {name}"

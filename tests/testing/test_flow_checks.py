@@ -1,0 +1,174 @@
+"""check_flow_model: a made-up pipeline passes, and each check turns red for a fault of its own."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
+from lightning_fdfo.testing import ConformanceError, check_flow_model
+from lightning_fdfo.testing.flow_checks import CHECKS, run_flow_checks
+from tests.testing import postcards
+from tests.testing.postcards import Postcard, postcard_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(postcard_folder(tmp_path_factory.mktemp("postcards")))
+
+
+def test_an_adapter_for_a_made_up_pipeline_passes(folder):
+    check_flow_model(Postcard(folder))
+
+
+def test_it_is_short():
+    adapter = inspect.getsource(postcards).partition("# The adapter begins here")[2]
+    assert len(adapter.strip().splitlines()) <= 80
+
+
+def test_pretrained_alone_finds_it(folder):
+    assert type(DiffusersFlow(folder)) is Postcard
+
+
+class Tiny(StableDiffusion3):
+    def __init__(self):
+        super().__init__("tiny-digits", max_sequence_length=0)
+
+
+class RegistersTheVAE(Tiny):
+    def load(self):
+        super().load()
+        self.vae = self.pipeline.vae
+
+
+class LeavesWeightsOn(Tiny):
+    def load(self):
+        super().load()
+        self.transformer.requires_grad_(True)
+
+
+class OtherGrid(Tiny):
+    def grid(self, num_steps, num_tokens):
+        return {"sigmas": [1 - k / (num_steps + 1) for k in range(num_steps)]}
+
+
+class ForgetsRows(Tiny):
+    def encode_texts(self, pipeline, texts, device, negative):
+        tensors = super().encode_texts(pipeline, texts, device, negative)
+        return tensors | {"pooled_prompt_embeds": tensors["pooled_prompt_embeds"][:1]}
+
+
+class ForgetsTheMask(Tiny):
+    """Pads to the batch's longest text, and lets the model look at the padding."""
+
+    def encode_texts(self, pipeline, texts, device, negative):
+        tensors = super().encode_texts(pipeline, texts, device, negative)
+        longest = max(len(text) for text in texts)
+        return tensors | {"prompt_embeds": tensors["prompt_embeds"][:, : longest // 2]}
+
+
+class SeesTheBatch(Tiny):
+    def predict(self, latents, sigma, tensors, guidance_scale):
+        return super().predict(latents, sigma.mean().expand(len(sigma)), tensors, guidance_scale)
+
+
+class DecodesBeyond(Tiny):
+    def decode(self, latents):
+        return self.pipeline.vae.decode(self.unscale(latents), return_dict=False)[0]
+
+
+class OtherScale(Tiny):
+    def unscale(self, latents):
+        return super().unscale(1.1 * latents)
+
+
+class OtherGuidance(Tiny):
+    def guide(self, negative, positive, guidance_scale):
+        return positive + guidance_scale * (positive - negative)
+
+
+class BindsWhatDoesNothing(Tiny):
+    """Text tokens' last output leads nowhere."""
+
+    lora_targets = ("transformer_blocks.3.attn.add_q_proj",)
+
+    def velocity(self, latents, sigma, conditioning, guidance_scale=1.0):
+        tensors = conditioning.tensors | {"prompt_embeds": 0 * conditioning.tensors["prompt_embeds"]}
+        return 0 * super().velocity(latents, sigma, Conditioning(tensors), guidance_scale) + latents
+
+
+class LeavesWeightsOut(Tiny):
+    """What the text's first projection gives is thrown away."""
+
+    lora_targets = ("context_embedder", "attn.to_q")
+
+    def predict(self, latents, sigma, tensors, guidance_scale):
+        embed = self.transformer.context_embedder.forward
+        self.transformer.context_embedder.forward = lambda text: embed(text).detach()
+        try:
+            return super().predict(latents, sigma, tensors, guidance_scale)
+        finally:
+            self.transformer.context_embedder.forward = embed
+
+
+class MergesTheLoRA(Tiny):
+    """Turning it off does not bring the base model back."""
+
+    def add_lora(self, lora, seed):
+        bound = super().add_lora(lora, seed)
+        weight = self.transformer.proj_out.weight
+        original = self.transformer.disable_adapters
+
+        def disable():
+            original()
+            weight.data += 1e-3
+
+        self.transformer.disable_adapters = disable
+        return bound
+
+
+class ForgetsAlpha(Tiny):
+    def save_lora(self, folder):
+        super().save_lora(folder)
+        (path,) = folder.glob("*.safetensors")
+        tensors = load_file(path)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (RegistersTheVAE, r"loads.*it registers \['transformer', 'vae'\]"),
+        (LeavesWeightsOn, "loads.*weights train"),
+        (OtherGrid, "has the pipeline's grid.*the pipeline has"),
+        (ForgetsRows, "encodes to conditioning.*expected 3 rows"),
+        (ForgetsTheMask, "encodes to conditioning.*prompts encoded one by one"),
+        (SeesTheBatch, "gives in a batch the velocities"),
+        (DecodesBeyond, "decodes to finite.*clamp"),
+        (OtherScale, "paints.*pixels differ.*guidance 1.0"),
+        (OtherGuidance, "paints.*pixels differ.*guidance 3.0"),
+        (BindsWhatDoesNothing, "takes a LoRA.*leaves the velocity as it was"),
+        (LeavesWeightsOut, "takes a LoRA.*2 of its weights have no gradient"),
+        (MergesTheLoRA, "takes a LoRA.*with the LoRA turned off"),
+        (ForgetsAlpha, "exports the LoRA.*alpha"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_each_check_turns_red(flow, message):
+    with pytest.raises(ConformanceError) as error:
+        check_flow_model(flow(), num_steps=3)
+    assert re.search(message, str(error.value).replace("\n", " ")), error.value
+
+
+def test_every_check_is_run():
+    results = list(run_flow_checks(Tiny(), num_steps=2))
+    assert [result.problem for result in results] == [None] * len(CHECKS)
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    check_flow_model(Tiny(), num_steps=1)
+    assert torch.equal(torch.get_rng_state(), before)
