@@ -255,14 +255,14 @@ def rows(model):
             + activation_bytes(len(flow.blocks), points, model.tokens, flow.width)
         )
 
-    def texts(bytes_per_weight):
-        return weight_bytes(weights, bytes_per_weight) + rest + weight_bytes(encoders, 2)
-
-    small = (total("single_gpu_24gb", BYTES["nf4"]), texts(BYTES["nf4"]))
-    whole = (total("single_gpu_24gb", 2), texts(2))
-    large = (total("single_gpu_80gb", 2), texts(2))
+    sizes = [
+        weight_bytes(encoders, 2),
+        total("single_gpu_24gb", BYTES["nf4"]),
+        total("single_gpu_24gb", 2),
+        total("single_gpu_80gb", 2),
+    ]
     rollout = rollout_bytes(given["num_pairs"], given["sampling"]["num_steps"], model.latent, model.conditioning)
-    cells = [f"{a / GIB:.1f} / {b / GIB:.1f}" for a, b in (small, whole, large)]
+    cells = [f"{size / GIB:.1f}" for size in sizes]
     first = [given["flow"]["init_args"]["pretrained"], f"{weights / 1e9:.2f}", f"{lora / 1e6:.1f}", model.config]
     return first, [*cells, f"{rollout / GIB:.1f}"]
 
@@ -284,7 +284,7 @@ def test_the_page_says_what_is_counted(model):
     assert said[:2] == [weights, lora]
     assert f"configs/{config}.yaml" in said[2]
     assert sizes[config] == memory
-    training, texts = (float(size) for size in memory[0].split(" / "))
+    texts, training = (float(size) for size in memory[:2])
     fits = max(training + PICK_SCORE, texts) <= 24 - SLACK
     assert said[3] == ("either" if fits else "80 GB")
 

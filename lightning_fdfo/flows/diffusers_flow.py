@@ -32,6 +32,11 @@ from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.lora import fill_lora
 
 TextEncoders = Literal["offload", "keep", "cache"]
+JOINT_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+"""Projections of image and of text tokens, in blocks where both attend to both."""
 TEXTS_A_SHARD = 32
 """Texts that are encoded, and written to the cache, at once."""
 

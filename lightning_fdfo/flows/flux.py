@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.flow import Guidance
-from lightning_fdfo.flows.diffusers_flow import DiffusersFlow, pack, unpack
+from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, pack, unpack
 
 
 class Flux(DiffusersFlow):
@@ -24,16 +24,7 @@ class Flux(DiffusersFlow):
     pipeline_classes = ("FluxPipeline",)
     sequence_length = 512
     block_names = ("transformer_blocks", "single_transformer_blocks")
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def guidance(self) -> Guidance:

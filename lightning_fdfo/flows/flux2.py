@@ -12,7 +12,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from lightning_fdfo.flow import Guidance
-from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow
 
 
 class Flux2(DiffusersFlow):
@@ -28,18 +28,7 @@ class Flux2(DiffusersFlow):
     sequence_length = 512
     block_names = ("transformer_blocks", "single_transformer_blocks")
     patch_size = 1
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_qkv_mlp_proj",
-        "attn.to_out",
-    )
+    lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")
 
     @property
     def guidance(self) -> Guidance:

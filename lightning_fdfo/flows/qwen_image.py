@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_fdfo.flows.diffusers_flow import DiffusersFlow, pack, unpack
+from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, pack, unpack
 
 
 class QwenImage(DiffusersFlow):
@@ -23,16 +23,7 @@ class QwenImage(DiffusersFlow):
 
     pipeline_classes = ("QwenImagePipeline",)
     sequence_length = 512
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     @property
     def latent_channels(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fdfo.flows.diffusers_flow import DiffusersFlow, dynamic_shift
+from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, dynamic_shift
 
 
 class StableDiffusion3(DiffusersFlow):
@@ -30,16 +30,7 @@ class StableDiffusion3(DiffusersFlow):
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     sequence_length = 256
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
 
     def encode_texts(self, pipeline: Any, texts: list[str], device: torch.device, negative: bool) -> Mapping[str, Any]:
         """Two CLIPs and T5 side by side, and the CLIPs' pooled vectors."""
