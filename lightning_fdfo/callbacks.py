@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_fdfo.ema import EMA
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.parallel import is_first_process
 
 
 def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
@@ -70,8 +71,8 @@ class BeforeAfter(Callback):
         self.after: dict[str, float] = {}
         self.after_epoch = 0
         self._images: list[Tensor] = []
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._sums: dict[str, tuple[float, int]] = {}
+        """Sum and number of each name's scores; an image that a reward failed on has none."""
 
     def state_dict(self) -> dict[str, Any]:
         """The first validation's scores, so that a resumed run still compares with the base model."""
@@ -92,7 +93,7 @@ class BeforeAfter(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
-        self._images, self._sums, self._count = [], {}, 0
+        self._images, self._sums = [], {}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -100,18 +101,19 @@ class BeforeAfter(Callback):
         """Adds a batch's scores, and its images until the grid is full."""
         if sum(len(images) for images in self._images) < self.num_images:
             self._images.append(outputs["images"])
-        self._count += len(outputs["images"])
         for name, scores in outputs["scores"].items():
-            self._sums[name] = self._sums.get(name, 0.0) + scores.double().sum().item()
+            value, count = self._sums.get(name, (0.0, 0))
+            scored = scores[scores.isfinite()].double()
+            self._sums[name] = (value + scored.sum().item(), count + len(scored))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the grid; the sanity check's is `before`, each later one `after`."""
         if not _judges_a_fit(trainer):
             return
         names = list(self._sums)
-        local = torch.tensor([*self._sums.values(), float(self._count)], dtype=torch.float64, device=pl_module.device)
-        *sums, count = trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        means = {name: value / count for name, value in zip(names, sums, strict=True)}
+        local = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=pl_module.device)
+        sums = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        means = {name: value / max(count, 1) for name, (value, count) in zip(names, sums, strict=True)}
         if trainer.sanity_checking:
             self.before = means
         else:
@@ -195,11 +197,12 @@ class LoRAExport(Callback):
         self.subfolder = subfolder
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError for a module without a LoRA."""
+        """Raises ConfigurationError for a module without a LoRA, and a folder that is not the run's."""
+        if not is_inside(self.subfolder):
+            raise ConfigurationError(f"LoRAExport: expected a subfolder of the run's folder, got {self.subfolder!r}")
         if stage == "fit" and (not isinstance(pl_module, FDFOModule) or pl_module.lora is None):
             raise ConfigurationError("LoRAExport needs a module that trains a LoRA: leave it out for full fine-tuning")
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes each file under a temporary name, then renames it."""
         folder = run_folder(trainer) / self.subfolder
@@ -213,12 +216,15 @@ class LoRAExport(Callback):
 
 
 def _write_lora(pl_module: LightningModule, folder: Path) -> None:
+    """The first process writes; all take part, for weights may be sharded."""
     partial = folder / ".partial"
-    partial.mkdir(parents=True, exist_ok=True)
+    if is_first_process():
+        partial.mkdir(parents=True, exist_ok=True)
     pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
-    for file in partial.iterdir():
-        file.replace(folder / file.name)
-    partial.rmdir()
+    if is_first_process():
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+        partial.rmdir()
 
 
 def _judges_a_fit(trainer: Trainer) -> bool:
@@ -231,3 +237,13 @@ def run_folder(trainer: Trainer) -> Path:
     folder = Path(trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path leads to something below the folder that it is joined to.
+
+    Example:
+        >>> is_inside("lora/final"), is_inside("../lora"), is_inside("/tmp/lora"), is_inside(".")
+        (True, False, False, False)
+    """
+    return bool(Path(path).parts) and not Path(path).is_absolute() and ".." not in Path(path).parts

@@ -3,79 +3,203 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.memory import human
+
+LIGHTNINGS = {"state_dict": dict, "pytorch-lightning_version": str}
+"""What every checkpoint of Lightning's holds."""
+MAX_NAMED = 3
+"""Checkpoints that an error names in another's place."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format and calls, on a local disk; a file is whole or not there.
+    """Lightning's own format, on a local disk; a file is whole or not there, and is read without running code.
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> io = AtomicCheckpointIO()
+        >>> io, checkpoint = AtomicCheckpointIO(), {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
         >>> with TemporaryDirectory() as folder:
-        ...     io.save_checkpoint({"epoch": 3}, f"{folder}/a.ckpt")
-        ...     print(os.listdir(folder), io.load_checkpoint(f"{folder}/a.ckpt"))
-        ['a.ckpt'] {'epoch': 3}
+        ...     io.save_checkpoint(checkpoint, f"{folder}/a.ckpt")
+        ...     print(os.listdir(folder), io.load_checkpoint(f"{folder}/a.ckpt") == checkpoint)
+        ['a.ckpt'] True
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Writes `path`; a killed process leaves the old file, or none."""
+        """Writes `path` under a temporary name, syncs it and renames it: a killed process leaves the old file, or none.
+
+        Raises:
+            ConfigurationError: it cannot be written, for want of space, say; the old file is as it was.
+        """
+        if storage_options is not None:
+            raise TypeError(f"storage_options: expected None for a local disk, got {storage_options!r}")
         target = Path(path)
         temporary = target.with_name(f".{target.name}.partial")
-        super().save_checkpoint(checkpoint, temporary, storage_options)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+                with suppress(OSError):  # not every file system can
+                    _sync_folder(target.parent)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:
+            reason = _writing_problem(error)
+            if reason is None:
+                raise
+            raise ConfigurationError(
+                f"checkpoint {target} cannot be written: {reason}; it needs about {human(num_bytes(checkpoint))}, and "
+                f"{_free(target.parent)} are free there. Earlier checkpoints are whole: make room, then go on by "
+                "--ckpt_path last"
+            ) from error
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads `path` with `weights_only=True`, whatever is asked for."""
-        return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+        """Reads `path` with `weights_only=True`, whatever is asked for.
+
+        Raises:
+            ConfigurationError: it is missing, damaged or no checkpoint, or holds what only its own code could load.
+        """
+        file = Path(path)
+        try:
+            _check_archive(file)
+            checkpoint: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            for name, kind in LIGHTNINGS.items():
+                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
+                    raise ValueError(f"it is no Lightning checkpoint: it has no {name}")
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = found[1] if found else "a Python object"
+            raise _refused(file, f"it holds {what}, which only code of its own could load") from error
+        except Exception as error:  # torch raises many kinds for a file that is something else
+            raise _refused(file, str(error).partition("\n")[0] or type(error).__name__) from error
+        return checkpoint
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested mappings and sequences.
+
+    Example:
+        >>> num_bytes({"weights": {"B": torch.zeros(8, 4)}, "steps": [torch.zeros(2), 3]})
+        136
+    """
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(num_bytes(item) for item in value)
+
+
+def _writing_problem(error: BaseException) -> str | None:
+    """What the disk says; torch's writer may have put an error of its own over it."""
+    under: BaseException | None = error
+    while under is not None and not isinstance(under, OSError):
+        under = under.__cause__ or under.__context__
+    if under is not None:
+        return under.strerror or str(under)
+    torn = re.search("PytorchStreamWriter|inline_container|iostream", str(error))
+    return str(error).partition("\n")[0] if torn else None
+
+
+def _free(folder: Path) -> str:
+    with suppress(OSError):
+        return human(shutil.disk_usage(folder).free)
+    return "unknown"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_archive(file: Path) -> None:
+    """Raises ValueError unless a file is as torch writes them: a zip, not compressed, its checksums right.
+
+    torch itself does not compare checksums.
+    """
+    if not file.is_file():
+        raise ValueError("it is no file" if file.exists() else "it is not there")
+    try:
+        with ZipFile(file) as archive:
+            compressed = any(entry.compress_type != ZIP_STORED for entry in archive.infolist())
+            damaged = None if compressed else archive.testzip()
+    except BadZipFile as error:
+        raise ValueError(f"it is cut short, or no checkpoint (it has {human(file.stat().st_size)})") from error
+    if compressed or damaged:
+        raise ValueError(f"it is damaged: {damaged} has another checksum" if damaged else "it is no checkpoint")
+
+
+def _refused(file: Path, reason: str) -> ConfigurationError:
+    """With the newest other checkpoints of the folder as a cure."""
+    others = [other for other in file.parent.glob("*.ckpt") if other.is_file() and other.name != file.name]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    named = ", ".join(other.name for other in others[:MAX_NAMED])
+    cure = f"go on from another one in its folder by --ckpt_path FILE: {named}" if named else "there is none beside it"
+    return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {cure}")
 
 
 def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Compares settings without which a checkpoint's weights mean something else.
 
     Raises:
-        ConfigurationError: one differs; the message names it with both values.
+        ConfigurationError: some differ; the message names them with both values.
 
     Example:
         >>> check_settings({"seed": 0, "lora.alpha": 4.0}, {"seed": 0})
     """
-    for name, value in own.items():
-        if saved.get(name) != value:
-            raise ConfigurationError(
-                f"the checkpoint was written with {name}={saved.get(name)}, the configuration says {value}: "
-                "use the configuration that it was written with"
-            )
+    has = saved if isinstance(saved, Mapping) else {}
+    differing = [
+        f"with {name}={has.get(name)}, the configuration says {value}"
+        for name, value in own.items()
+        if has.get(name) != value
+    ]
+    if differing:
+        raise ConfigurationError(
+            f"the checkpoint was written {'; '.join(differing)}: use the configuration that it was written with"
+        )
 
 
-def check_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def check_weights(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
     """Compares names and shapes of a checkpoint's weights with those that train here.
 
     The frozen weights are not in a checkpoint, so that Lightning's own strict loading would not do.
 
     Raises:
-        ConfigurationError: they are not the same.
+        ConfigurationError: they are not the same; the first that differs is told with both.
 
     Example:
-        >>> import torch
-        >>> check_weights({"B": torch.zeros(2)}, {"B": torch.ones(2)})
+        >>> check_weights({"B": [8, 4]}, {"B": [8, 4]})
     """
-    expected = {name: value.shape for name, value in own.items()}
-    missing = {name for name, shape in expected.items() if name not in saved or saved[name].shape != shape}
-    differing = sorted(missing | (set(saved) - set(expected)))
+    differing = [name for name in sorted({*saved, *own}) if list(saved.get(name, ())) != list(own.get(name, ()))]
     if differing:
+        first = differing[0]
+        has, needs = (list(shapes[first]) if first in shapes else "nothing" for shapes in (saved, own))
         raise ConfigurationError(
             f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
-            f"first {differing[0]}; use the configuration that it was written with"
+            f"first {first}: it has {has}, expected {needs}; use the configuration that it was written with"
         )

@@ -6,31 +6,46 @@ lightning-fdfo validate --config … [--ckpt_path …]
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_fdfo.callbacks import run_folder
+from lightning_fdfo.callbacks import is_inside, run_folder
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.module import FDFOModule
 
+MAX_NODES = 100_000
+"""Values in a configuration file, each alias counted as what it stands for."""
 CKPT_KEYWORDS = ("last", "best", "hpc")
 """What Lightning takes for `--ckpt_path` beside a file."""
 
 
 class FDFOArgumentParser(LightningArgumentParser):
-    """Says an error in one line."""
+    """Says an error in one line, and bounds what a configuration file unfolds to."""
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parses a configuration file that is text, and of a size that can be."""
+        try:
+            _check_yaml(Path(cfg_path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            self.error(f"{cfg_path}: {'nested too deeply' if isinstance(error, RecursionError) else error}")
+        except (OSError, yaml.YAMLError):
+            pass  # the parser's own words are good
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with 2."""
@@ -48,6 +63,11 @@ class RunRecord(SaveConfigCallback):
             raise ConfigurationError(f"--ckpt_path: expected a file, or one of {CKPT_KEYWORDS}, got {ckpt_path}")
         if stage == "fit" and ckpt_path == "last" and not record.exists():
             raise ConfigurationError(f"--ckpt_path last: {record.parent} holds no run to go on with")
+        if self.config.get("weights_only") is False:
+            raise ConfigurationError("--weights_only: expected true: a checkpoint's own code is never run")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                _check_checkpoints(callback, resumes=stage == "fit" and ckpt_path == "last")
         if stage == "fit" and record.exists() and not ckpt_path:
             raise ConfigurationError(
                 f"{record.parent} holds a run already: go on with it by --ckpt_path last, "
@@ -66,6 +86,25 @@ class RunRecord(SaveConfigCallback):
             number += 1
             path = path.with_name(f"{Path(self.config_filename).stem}-{number}.yaml")
         self.parser.save(self.config, path, skip_none=False)
+
+
+def _check_checkpoints(callback: ModelCheckpoint, resumes: bool) -> None:
+    """Raises ConfigurationError for names that leave the folder, and where `last` could be lost, or is."""
+    if callback.filename is not None and not is_inside(callback.filename):
+        raise ConfigurationError(
+            f"ModelCheckpoint: expected a filename below dirpath, got {callback.filename}; set dirpath instead"
+        )
+    if callback.save_last == "link":
+        raise ConfigurationError(
+            "ModelCheckpoint: expected save_last: true, got link: a run that is killed can leave it leading nowhere"
+        )
+    folder = Path(callback.dirpath or "")
+    names = sorted(file.name for file in folder.glob("*.ckpt")) if resumes and callback.dirpath else []
+    if names and not any(name.startswith(callback.CHECKPOINT_NAME_LAST) for name in names):
+        raise ConfigurationError(
+            f"--ckpt_path last: {folder} holds no {callback.CHECKPOINT_NAME_LAST}.ckpt: "
+            f"name one of its files: {', '.join(names)}"
+        )
 
 
 class FDFOCLI(LightningCLI):
@@ -104,13 +143,16 @@ class FDFOCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds atomic checkpoints, and Lightning's plain progress bar, unless the configuration has its own."""
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        plugins = _as_list(trainer.get("plugins"))
+        plugins = as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        has_bar = any(isinstance(callback, ProgressBar) for callback in _as_list(trainer.get("callbacks")))
+        has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(trainer.get("callbacks")))
         if trainer.get("enable_progress_bar") is not False and not has_bar:
             self.trainer_defaults["callbacks"] = [TQDMProgressBar()]
         return super().instantiate_trainer(plugins=plugins, **kwargs)
@@ -141,7 +183,23 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _as_list(value: Any) -> list[Any]:
+def _check_yaml(text: str) -> None:
+    """Raises ValueError for aliases that unfold to more than `MAX_NODES` values, or hold themselves."""
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # what it is to one that holds itself
+            parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+            sizes[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, parts)))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and size(root) > MAX_NODES:
+        raise ValueError(f"expected at most {MAX_NODES} values, aliases unfolded")
+
+
+def as_list(value: Any) -> list[Any]:
     """None, one, or several."""
     if value is None:
         return []

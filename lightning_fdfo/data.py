@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import Prompt, read_prompts
@@ -17,6 +16,42 @@ class IndexedPrompt(NamedTuple):
 
     place: int
     prompt: Prompt
+    counted: bool = True
+    """False for one that only keeps a device busy while the others paint theirs."""
+
+
+class PromptBatches:
+    """A device's validation prompts, in the file's order: a block of them, as many for each device.
+
+    The last device's are filled up with its last prompt, which counts once: sharded weights want as many forwards on
+    each, and Lightning's own sampler would count prompts twice.
+
+    Args:
+        prompts: all of them.
+        batch_size: prompts a forward.
+        rank: the device's number.
+        world_size: of devices.
+
+    Example:
+        >>> prompts = [Prompt(text, "", {}, "") for text in "abc"]
+        >>> for batch in PromptBatches(prompts, 2, rank=1, world_size=2):
+        ...     print([(row.place, row.counted) for row in batch])
+        [(2, True), (2, False)]
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batch_size: int, rank: int, world_size: int) -> None:
+        share = -(-len(prompts) // world_size)
+        last = len(prompts) - 1
+        places = range(rank * share, (rank + 1) * share)
+        self.rows = [IndexedPrompt(min(place, last), prompts[min(place, last)], place <= last) for place in places]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[IndexedPrompt]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self.rows[start : start + self.batch_size]
 
 
 class PromptDataModule(LightningDataModule):
@@ -59,7 +94,8 @@ class PromptDataModule(LightningDataModule):
         loader: Iterable[Any] = self.trainer.lightning_module.rollout_loader(self.train_prompts)  # type: ignore[union-attr,operator]
         return loader
 
-    def val_dataloader(self) -> Any:
-        """Batches of `IndexedPrompt`s, in the file's order."""
-        rows = [IndexedPrompt(place, prompt) for place, prompt in enumerate(self.val_prompts)]
-        return DataLoader(rows, batch_size=self.val_batch_size, collate_fn=list)  # type: ignore[arg-type]
+    def val_dataloader(self) -> Iterable[Any]:
+        """Batches of `IndexedPrompt`s, in the file's order; each device has its share."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return PromptBatches(self.val_prompts, self.val_batch_size, rank, world_size)

@@ -2,7 +2,7 @@
 
 First what can be known without loading the model: its folder, the rewards' weights, the prompts, the arithmetic of an
 epoch. Then, set up by the trainer of the configuration, on its device and in its precision: one pair is rolled out,
-judged, and trained on without a step. It writes nothing.
+judged, and trained on without a step. It writes nothing but encoded texts, where the configuration caches them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
 from lightning_fdfo import memory
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.cli import FDFOCLI
+from lightning_fdfo.cli import FDFOCLI, as_list
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.flow import Conditioning
@@ -50,8 +52,15 @@ class DoctorCLI(FDFOCLI):
         self.examination = examination
         super().__init__(args, run=False)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A run's own record names what `fit` has beside the classes; it makes no difference here."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="not used")
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The configuration's device, strategy and precision; nothing that writes, and no epoch."""
+        self.callbacks = as_list(self._get(self.config_init, "trainer", default={}).get("callbacks"))
         silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         silent["enable_model_summary"] = False
         return super().instantiate_trainer(
@@ -72,13 +81,15 @@ def main(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own
     cli = DoctorCLI(arguments, examination)
-    findings = list(before_loading(cli.model, cli.datamodule, cli.trainer))
+    findings = list(before_loading(cli.model, cli.datamodule, cli.trainer, cli.callbacks))
     if all(finding.well for finding in findings):
         try:
             cli.trainer.fit(cli.model, cli.datamodule)
-        except (ConfigurationError, RewardError) as error:
-            findings.append(Finding(False, str(error)))
-        findings += examination.findings
+            findings += examination.findings
+        except Exception as error:  # whatever it is, what was found before it is told too
+            known = isinstance(error, ConfigurationError | RewardError)
+            told = str(error) if known else f"{type(error).__name__}: {error}"
+            findings += [*examination.findings, Finding(False, told)]
     if not cli.trainer.is_global_zero:
         return 0
     console = Console(highlight=False, soft_wrap=True)
@@ -94,9 +105,15 @@ def main(arguments: Sequence[str]) -> int:
 # Without the model
 
 
-def before_loading(module: FDFOModule, data: PromptDataModule, trainer: Trainer) -> Iterator[Finding]:
+def before_loading(
+    module: FDFOModule, data: PromptDataModule, trainer: Trainer, callbacks: Sequence[Callback] = ()
+) -> Iterator[Finding]:
     """What can be known before the model is loaded."""
     module.trainer = trainer
+    for callback in callbacks:
+        if type(callback).__module__.startswith("lightning_fdfo."):
+            check = partial(callback.setup, trainer, module, "fit")
+            yield _tried(check, f"{type(callback).__name__} fits the configuration")
     yield _tried(
         module.flow.check, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
     )
@@ -168,6 +185,8 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
     with module.trainer.precision_plugin.forward_context():
         yield _what_trains(module)
         conditioning = module.encode([prompt])
+        yield _rollout_size(module, conditioning)
+        yield _memory(module, conditioning)
         yield _without_churn(module, prompt, conditioning)
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
@@ -177,8 +196,9 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
         points = _points(module, rollout)
         yield _replay(module, points)
         yield _gradient(module, points)
-    yield _rollout_size(module, conditioning)
-    yield from _memory(module, conditioning)
+    if module.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(module.device)
+        yield Finding(True, f"while one pair was rolled out and trained on, {memory.human(peak)} were taken at most")
 
 
 def _trainable(module: FDFOModule) -> list[Tensor]:
@@ -296,19 +316,16 @@ def _rollout_size(module: FDFOModule, conditioning: Conditioning) -> Finding:
     return Finding(True, f"an epoch's rollout takes {memory.human(size)} of main memory, for each device")
 
 
-def _memory(module: FDFOModule, conditioning: Conditioning) -> Iterator[Finding]:
-    """The estimate, and on CUDA what was measured beside it."""
+def _memory(module: FDFOModule, conditioning: Conditioning) -> Finding:
+    """The estimate, held against what a CUDA device has."""
     parts = estimate(module, conditioning)
     total = sum(parts.values())
     listed = ", ".join(f"{name} {memory.human(size)}" for name, size in parts.items())
     text = f"estimated memory of a device, rewards left out: {memory.human(total)} ({listed})"
     if module.device.type != "cuda":
-        yield Finding(True, text)
-        return
+        return Finding(True, text)
     available = torch.cuda.get_device_properties(module.device).total_memory
-    yield Finding(total <= available, f"{text}, of {memory.human(available)}")
-    peak = torch.cuda.max_memory_allocated(module.device)
-    yield Finding(True, f"measured while one pair was rolled out and trained on: {memory.human(peak)} at most")
+    return Finding(total <= available, f"{text}, of {memory.human(available)}")
 
 
 def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Two exceptions: the user can mend this; a reward failed."""
+"""Three exceptions: the user can mend this; a reward failed; training has gone astray."""
 
 
 class ConfigurationError(ValueError):
@@ -14,3 +14,10 @@ class RewardError(RuntimeError):
 
     The message names the reward and the distribution that it comes from. It is never turned into a score.
     """
+
+    row: int | None = None
+    """Which image of the batch it failed on, if that is known."""
+
+
+class DivergenceError(RuntimeError):
+    """Gradients were not finite for several updates in a row. The message names the last checkpoint."""

@@ -139,7 +139,10 @@ class FlowModel(nn.Module, ABC):
 
     @abstractmethod
     def save_lora(self, folder: Path) -> None:
-        """Writes `pytorch_lora_weights.safetensors`, which diffusers loads, into `folder`."""
+        """Writes `pytorch_lora_weights.safetensors`, which diffusers loads, into `folder`.
+
+        Each process must call it, for weights may be sharded; the first one writes.
+        """
 
     def encoding(self) -> AbstractContextManager[None]:
         """While it is open, `encode` finds the text encoders on the device."""

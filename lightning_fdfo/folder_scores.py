@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.prompts import Prompt, read_prompts
+from lightning_fdfo.prompts import NO_TEXT, Prompt, read_prompts
 from lightning_fdfo.reward_mix import RewardMix
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -83,6 +84,9 @@ def _image_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     if not files:
         raise ConfigurationError(f"{folder} holds no images: expected files that end in {', '.join(IMAGE_SUFFIXES)}")
+    for file in files:
+        if NO_TEXT.search(file.name):
+            raise ConfigurationError(f"{folder}: a file's name is no text, and cannot be written: {file.name!r}")
     return files
 
 
@@ -135,7 +139,7 @@ def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for a file that is broken, or too large
         raise ConfigurationError(f"{file} cannot be read as an image: {error}") from error
     if upright.mode.startswith(("I", "F")):  # Pillow would clip them to white
         raise ConfigurationError(f"{file}: expected 8 bits a channel, got Pillow's mode {upright.mode}")
@@ -211,7 +215,7 @@ def print_scores(rows: Sequence[Row]) -> None:
     for name, mean in zip(names, means, strict=True):
         table.add_column(name, footer=mean, justify="right")
     for row in rows:
-        table.add_row(row.image, row.prompt, *(f"{row.scores[name]:.4f}" for name in names))
+        table.add_row(escape(row.image), escape(row.prompt), *(f"{row.scores[name]:.4f}" for name in names))
     Console().print(table)
 
 

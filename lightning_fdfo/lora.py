@@ -27,7 +27,8 @@ class LoRA:
         rank: >= 1; inner size of A and B.
         alpha: > 0; scale is alpha / rank.
         targets: names (or ends of names) of linear layers; None takes the adapter's own, the attention projections.
-        dropout: in [0, 1); share of a layer's inputs that A does not see in training. Rollouts see all.
+        dropout: in [0, 1); share of a layer's inputs that A does not see in training. Rollouts see all. With it,
+            `batch_size` and the number of devices change what is left out of which point.
         init: of A; B starts at 0, so that training starts from the base model. `gaussian`: normal, of deviation
             1 / rank; `kaiming`: uniform in ± 1 / sqrt(inputs), PEFT's default.
         dora: trains the magnitude of each output's weights apart from their direction (DoRA).

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,11 +25,12 @@ from tqdm import tqdm
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_settings, check_weights
 from lightning_fdfo.data import IndexedPrompt
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.lora import LoRA, dropout_layers
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
+from lightning_fdfo.parallel import check_strategy, shard, whole
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.reward_mix import RewardMix
@@ -76,6 +77,10 @@ class FDFOModule(LightningModule):
         optimizer: from parameters to an optimiser.
         lr_scheduler: from an optimiser to a scheduler, stepped after each optimiser step.
         metrics: rewards that are scored in validation only, in the form of `rewards`; their weights mean nothing.
+        on_reward_error: `raise` stops the run and names reward, prompt and pair; `drop_pair` leaves the pair out of
+            training, whose gradient keeps its scale, and of all numbers.
+        max_dropped: share of an epoch's pairs that may be dropped before the run stops, in [0, 1).
+        max_skipped: >= 0; updates in a row that may be skipped because their gradient is not finite.
         seed: >= 0; prompts, latents, noise and the LoRA's start are a function of it. The command line takes it
             from `seed_everything`.
 
@@ -105,6 +110,9 @@ class FDFOModule(LightningModule):
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         metrics: dict[str, Any] | None = None,
+        on_reward_error: Literal["raise", "drop_pair"] = "raise",
+        max_dropped: float = 0.1,
+        max_skipped: int = 3,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -120,12 +128,16 @@ class FDFOModule(LightningModule):
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.on_reward_error = on_reward_error
+        self.max_dropped = max_dropped
+        self.max_skipped = max_skipped
         self.seed = seed
         self.strict_loading = False  # a checkpoint holds what trains; check_weights is strict about that
         self._on_device: torch.device | None = None
         self._texts: list[Prompt] = []
         self._dropouts: list[nn.Module] = []
         self._rollout_metrics: dict[str, float] = {}
+        self._skipped = 0
         self._training_started = 0.0
         taken = {"reward"} & set(self.rewards.terms)
         if self.metrics is not None:
@@ -141,6 +153,10 @@ class FDFOModule(LightningModule):
         if objective.kl_weight and lora is None:
             raise ConfigurationError(
                 "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
+            )
+        if not 0 <= max_dropped < 1 or max_skipped < 0:
+            raise ConfigurationError(
+                f"expected 0 <= max_dropped < 1 and max_skipped >= 0, got {max_dropped} and {max_skipped}"
             )
         if seed < 0:
             raise ConfigurationError(f"seed: expected >= 0, got {seed}")
@@ -165,6 +181,7 @@ class FDFOModule(LightningModule):
                 f"trainer.precision={self.trainer.precision}: expected one of {', '.join(PRECISIONS)}; "
                 "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
             )
+        check_strategy(self.trainer.strategy)
         self.flow.check()
         if self.lora is not None:
             self.lora.check_file()
@@ -211,6 +228,8 @@ class FDFOModule(LightningModule):
         with torch.device("cpu"):
             self._cache_texts()
             self._load()
+        if self.device_mesh is not None:  # the strategy's, if it shards
+            shard(self.flow, self.device_mesh)
 
     def _load(self) -> None:
         self.flow.load()
@@ -238,7 +257,8 @@ class FDFOModule(LightningModule):
         strategy = self.trainer.strategy
         share = slice(self.trainer.global_rank, None, self.trainer.world_size)
         with self.trainer.precision_plugin.forward_context():
-            self.flow.cache_texts(texts[share], negatives[share], strategy.root_device)
+            with suppress(ConfigurationError):  # told below, by all that cannot write: the others wait here
+                self.flow.cache_texts(texts[share], negatives[share], strategy.root_device)
             strategy.barrier()
             self.flow.cache_texts(texts, negatives, strategy.root_device)
 
@@ -306,14 +326,33 @@ class FDFOModule(LightningModule):
                 epoch=self.current_epoch,
                 sampling=self.sampling,
                 device=self.device,
+                drop=self.on_reward_error == "drop_pair",
             )
 
     def _judge(self, rollout: Rollout) -> Tensor:
-        """Half differences of the mixture's total, once every device's pairs have told the scales."""
-        self.rewards.update_scales(self.current_epoch, rollout.scores, self._all_sum)
-        self._rollout_metrics = rollout_metrics(rollout, self.rewards, self._all_sum)
+        """Half differences of the mixture's total, once every device's pairs have told the scales.
+
+        Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
+        num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
+        """
+        whole = rollout.whole
+        kept = self._all_sum(whole.sum().double()).item()
+        dropped = 1 - kept / self.num_pairs
+        if dropped > self.max_dropped:
+            raise RewardError(
+                f"rewards failed for {self.num_pairs - kept:.0f} of {self.num_pairs} pairs of epoch "
+                f"{self.current_epoch}, max_dropped is {self.max_dropped:.0%}; the warnings above name them"
+            )
+        good = rollout if bool(whole.all()) else rollout.select(whole)
+        self.rewards.update_scales(self.current_epoch, good.scores, self._all_sum)
+        self._rollout_metrics = rollout_metrics(good, self.rewards, self._all_sum)
+        if self.on_reward_error == "drop_pair":
+            self._rollout_metrics["reward/dropped"] = dropped
         self._training_started = time.perf_counter()
-        return torch.stack(list(self.rewards.differences(rollout.scores).values())).sum(dim=0)
+        differences = torch.zeros(len(rollout.pairs) * 2)
+        total = torch.stack(list(self.rewards.differences(good.scores).values())).sum(dim=0)
+        differences[whole.repeat_interleave(2)] = total * (self.num_pairs / kept) if dropped else total
+        return differences
 
     def _all_sum(self, values: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
@@ -381,10 +420,29 @@ class FDFOModule(LightningModule):
             self.flow.transformer.enable_adapters()  # type: ignore[operator]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the gradient's norm before clipping, and the learning rate."""
+        """Logs the gradient's norm before clipping, and the learning rate; leaves out a gradient that is not finite."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self._log_epoch({"train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}, 1)
+        norm = whole({"norm": torch.nn.utils.get_total_norm(gradients)})["norm"]
+        finite = bool(norm.isfinite()) or self.trainer.precision == "16-mixed"  # whose scaler skips by itself
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite:
+            self._skip(norm)
+        logged = {"train/learning_rate": optimizer.param_groups[0]["lr"], "train/skipped": float(not finite)}
+        self._log_epoch(logged | ({"train/grad_norm": norm} if finite else {}), 1)
+
+    def _skip(self, norm: Tensor) -> None:
+        """Takes the gradients away: optimisers pass over weights without one."""
+        for parameter in self.parameters():
+            parameter.grad = None
+        told = f"update {self.trainer.global_step}: the gradient's norm is {norm.item()}"
+        if self._skipped > self.max_skipped:
+            callback: Any = self.trainer.checkpoint_callback
+            last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+            raise DivergenceError(
+                f"{told}, as for {self.max_skipped} updates before it; go on from {last or 'an earlier checkpoint'} "
+                "with a smaller learning rate, or look at the rewards of the last epochs"
+            )
+        warnings.warn(f"{told}: it is skipped", stacklevel=2)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
         """Logs the speed of training, after an epoch's last batch; switches dropout off."""
@@ -405,28 +463,35 @@ class FDFOModule(LightningModule):
         """Paints the prompts from fixed latents without churn and scores them.
 
         Returns:
-            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], for callbacks. The total, `reward`, is left out
-            before the first rollout if a term is divided by its deviation, which no one knows yet.
+            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], of those that count, for callbacks. The total,
+            `reward`, is left out before the first rollout if a term is divided by its deviation: nobody knows it yet.
         """
         prompts = [row.prompt for row in batch]
         images = paint(
             self.flow, prompts, [row.place for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
         )
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        terms = self.rewards(images, texts, metadata)
+        drop = self.on_reward_error == "drop_pair"
+        terms = self.rewards(images, texts, metadata, drop)
         scores = ({"reward": self.rewards.total(terms)} if self.rewards.scales_known else {}) | terms
         if self.metrics is not None:
-            scores |= self.metrics(images, texts, metadata)
-        self._log_epoch({f"val/{name}": value.mean() for name, value in scores.items()}, len(batch))
-        return {"images": images.cpu(), "prompts": texts, "scores": scores}
+            scores |= self.metrics(images, texts, metadata, drop)
+        counted = sum(row.counted for row in batch)  # the others come last
+        scores = {name: value[:counted] for name, value in scores.items()}
+        for name, value in scores.items():
+            scored = value[value.isfinite()]
+            self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
+        return {"images": images[:counted].cpu(), "prompts": texts[:counted], "scores": scores}
 
     # Checkpoints: only what trains
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trainable weights only, notes what they mean nothing without, and adds the rewards' scales."""
         checkpoint["fdfo"] = self._identity()
+        checkpoint["shapes"] = self._shapes()
         checkpoint["reward_scales"] = self.rewards.state_dict()
-        checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in self._trainable()}
+        weights = checkpoint["state_dict"]  # empty but on the first process, where weights are sharded
+        checkpoint["state_dict"] = {name: weights[name] for name in self._trainable() if name in weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is this module's.
@@ -439,12 +504,17 @@ class FDFOModule(LightningModule):
             settings.pop("seed")  # judging weights with other latents is fine, going on with others is not
         check_settings(checkpoint.get("fdfo", {}), settings)
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
-        check_weights(checkpoint["state_dict"], self._trainable())
+        check_weights(checkpoint.get("shapes", {}), self._shapes())
+        if "state_dict" in checkpoint:  # where weights are sharded, the strategy has loaded it already
+            check_weights({name: value.shape for name, value in checkpoint["state_dict"].items()}, self._shapes())
 
     def _identity(self) -> dict[str, float | None]:
         """Settings that a checkpoint's weights depend on, beside their names and shapes."""
         names = ("rank", "alpha", "rslora", "dora")
         return {"seed": self.seed, **{f"lora.{name}": getattr(self.lora, name, None) for name in names}}
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self._trainable().items()}
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

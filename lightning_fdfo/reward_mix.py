@@ -11,6 +11,7 @@ Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -44,6 +45,10 @@ class RewardTerm:
     weight: float = 1.0
     scale: Scale = "none"
     device: str | None = None
+
+
+MAX_FAILURES = 3
+"""Images in a row that may fail one by one before the rest of a batch counts as failed too."""
 
 
 class RewardMix:
@@ -102,7 +107,9 @@ class RewardMix:
 
     # Scores
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], drop: bool = False
+    ) -> dict[str, Tensor]:
         """Scores a batch.
 
         Terms on the images' device run here, one after the other; the others meanwhile in a pool of threads, of which
@@ -112,18 +119,19 @@ class RewardMix:
             images: [N, 3, H, W], float32 in [0, 1].
             prompts: N strings.
             metadata: N mappings.
+            drop: whether a failure is told by a warning, and marked by NaN.
 
         Returns:
             name -> [N], float32, on the CPU: each reward's own scores, unweighted.
 
         Raises:
             RewardError: a reward raised something, or gave another shape, or a number that is not finite. A failure is
-                never a score.
+                never a score. It names the prompt, and `row` says which it is, if the image by itself fails too.
         """
         here, elsewhere = self._by_thread(images.device)
 
         def score(names: Sequence[str]) -> dict[str, Tensor]:
-            return {name: self._score(name, images, prompts, metadata) for name in names}
+            return {name: self._score(name, images, prompts, metadata, drop) for name in names}
 
         if not elsewhere:
             return score(here)
@@ -146,8 +154,35 @@ class RewardMix:
                 elsewhere.setdefault(name if own.type == "cpu" else own, []).append(name)
         return here, list(elsewhere.values())
 
+    def _score(
+        self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], drop: bool
+    ) -> Tensor:
+        """One reward's scores; those of a batch that fails one by one, to know which image it is."""
+        try:
+            return self._score_batch(name, images, prompts, metadata)
+        except RewardError as error:
+            failed = error
+        scores, failures = [], 0
+        for row, (prompt, facts) in enumerate(zip(prompts, metadata, strict=True)):
+            try:
+                if failures == MAX_FAILURES:
+                    raise failed
+                scores.append(self._score_batch(name, images[row : row + 1], [prompt], [facts]))
+                failures = 0
+            except RewardError as error:
+                failures += failures < MAX_FAILURES
+                if not drop:
+                    located = RewardError(f"prompt {prompt!r}: {failed}")
+                    located.row = row
+                    raise located from error
+                warnings.warn(f"dropped, with its pair: prompt {prompt!r}: {error}", stacklevel=2)
+                scores.append(torch.tensor([torch.nan]))
+        if not drop:
+            raise failed
+        return torch.cat(scores)
+
     @torch.no_grad()  # here, because a thread has a grad mode of its own
-    def _score(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+    def _score_batch(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """One reward's scores, held to the contract."""
         reward = self.rewards[name]
         images = images.to(self._devices.get(name, images.device))

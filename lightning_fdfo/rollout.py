@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
@@ -89,6 +89,24 @@ class Rollout(NamedTuple):
             sum(part.seconds for part in parts),
         )
 
+    @property
+    def whole(self) -> Tensor:
+        """[P], bool: pairs of which all rewards have scored both branches."""
+        scored = torch.stack(list(self.scores.values())).isfinite().all(dim=0)
+        return scored.view(-1, 2).all(dim=1)
+
+    def select(self, chosen: Tensor) -> Rollout:
+        """Some of the pairs; `chosen` is [P], bool."""
+        rows = chosen.repeat_interleave(2)
+        return Rollout(
+            [pair for pair, taken in zip(self.pairs, chosen.tolist(), strict=True) if taken],
+            self.sigmas,
+            Trajectories(self.trajectories.latents[rows], self.trajectories.velocities[rows]),
+            self.conditioning[chosen.nonzero().flatten()],
+            {name: score[rows] for name, score in self.scores.items()},
+            self.seconds,
+        )
+
 
 @torch.no_grad()
 def roll_out(
@@ -102,6 +120,7 @@ def roll_out(
     epoch: int,
     sampling: Sampling,
     device: torch.device,
+    drop: bool = False,
 ) -> Rollout:
     """Samples and scores some pairs of an epoch in one batch.
 
@@ -115,9 +134,13 @@ def roll_out(
         epoch: the current one.
         sampling: settings.
         device: where the model is.
+        drop: whether a reward's failure is marked by NaN.
 
     Returns:
         A Rollout, on the CPU.
+
+    Raises:
+        RewardError: a reward failed, and `drop` is off; it names the pair.
     """
     start = time.perf_counter()
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
@@ -139,11 +162,16 @@ def roll_out(
     )
     images = flow.decode(trajectories.latents[:, -1])
     twice = [prompt for prompt in prompts for _ in range(2)]
-    scores = rewards(images, [prompt.text for prompt in twice], [prompt.metadata for prompt in twice])
+    try:
+        scores = rewards(images, [prompt.text for prompt in twice], [prompt.metadata for prompt in twice], drop)
+    except RewardError as error:
+        which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
+        raise RewardError(f"{which} of epoch {epoch}: {error}") from error
     at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
     return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, time.perf_counter() - start)
 
 
+@torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too
 @torch.no_grad()
 def paint(
     flow: FlowModel,

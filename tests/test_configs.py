@@ -12,16 +12,18 @@ import lightning_fdfo.flows
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.cli import FDFOCLI, FDFOArgumentParser
 from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.parallel import check_strategy
 from lightning_fdfo.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 SINGLE_GPU = ("single_gpu_24gb", "single_gpu_80gb")
+PARALLEL = ("ddp", "fsdp2", "multi_node")
 OVERLAYS = {"legible_and_small": ("quickstart",)}
 """Files that are laid over another one, as their head says, and those that they are for."""
-BASES = [name for name in CONFIGS if name not in (*OVERLAYS, *SINGLE_GPU)]
+BASES = [name for name in CONFIGS if name not in (*OVERLAYS, *SINGLE_GPU, *PARALLEL)]
 FULL_SIZE = [name for name in BASES if name != "quickstart"]
-OVERLAYS |= dict.fromkeys(SINGLE_GPU, tuple(FULL_SIZE))
+OVERLAYS |= dict.fromkeys(SINGLE_GPU, tuple(FULL_SIZE)) | dict.fromkeys(PARALLEL, ("flux_dev",))
 STACKS = [(base,) for base in BASES] + [(base, overlay) for overlay, bases in OVERLAYS.items() for base in bases]
 MEMORY_KEYS = {
     "model.flow.init_args.gradient_checkpointing",
@@ -83,7 +85,8 @@ def test_configurations_can_be_built(names, build):
     assert cli.model.seed == settings["seed_everything"]
     cli.model.trainer = cli.trainer
     plan = cli.model.plan
-    assert plan.batches_per_update * plan.batch_size == plan.num_pairs * plan.points_per_pair_and_update
+    points = plan.num_pairs * plan.points_per_pair_and_update
+    assert plan.batches_per_update * plan.batch_size * plan.world_size == points
     for prompts in (cli.datamodule.train_path, cli.datamodule.val_path):
         assert Path(prompts).is_relative_to("configs")
         assert len(read_prompts(prompts)) >= 16
@@ -131,7 +134,17 @@ def test_overlays_for_a_card_set_memory_only(name):
     assert given["model.flow.init_args.text_encoders"] == "cache"
 
 
-@pytest.mark.parametrize("name", [*FULL_SIZE, *SINGLE_GPU])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_overlays_for_many_devices_say_where_it_runs_and_no_more(name, build):
+    keys = {key.split(".")[1] for key in dict(leaves(read(name)))}
+    assert keys <= {"strategy", "devices", "num_nodes"}
+    cli = build(["quickstart", name])
+    check_strategy(cli.trainer.strategy)
+    if name == "fsdp2":
+        assert cli.trainer.strategy._data_parallel_size == cli.trainer.world_size
+
+
+@pytest.mark.parametrize("name", [*FULL_SIZE, *SINGLE_GPU, *PARALLEL])
 def test_every_value_has_its_reason(name):
     """In a comment beside it, or beside the key that it lies below."""
     explained = {}  # indentation -> whether the key there says what is below it

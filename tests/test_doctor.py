@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +187,30 @@ def test_the_command_tells_faults_and_fails(config, capsys, options, message):
     assert "FAULT" in output
     assert message in output
     assert "1 fault" in output
+
+
+def test_callbacks_that_fit_would_refuse(config, capsys, tmp_path):
+    callback = "[{class_path: lightning_fdfo.callbacks.LoRAExport}]"
+    arguments = ["--config", config(lora="null"), f"--trainer.callbacks={callback}"]
+    assert run(arguments) == 1
+    assert "LoRAExport needs a module that trains a LoRA" in capsys.readouterr().out
+
+
+def test_whatever_happens_what_was_found_before_is_told(config, capsys, monkeypatch):
+    def explode(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("lightning_fdfo.doctor.roll_out", explode)
+    assert run(["--config", config()]) == 1
+    output = capsys.readouterr().out
+    assert "estimated memory" in output
+    assert "OutOfMemoryError: CUDA out of memory" in output
+
+
+def test_a_runs_own_record_will_do(config, tmp_path, capsys):
+    lines = Path(config()).read_text() + "ckpt_path: last\nweights_only: null\n"
+    (tmp_path / "record.yaml").write_text(lines)
+    assert run(["--config", str(tmp_path / "record.yaml")]) == 0
 
 
 def test_a_mistyped_key_ends_as_it_does_for_fit(config, capsys):

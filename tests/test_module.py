@@ -56,7 +56,7 @@ def test_what_is_logged(toy_module, fit):
         "reward/mean", "reward/std", "reward/difference", "reward/ties",
         *(f"reward/{name}/{number}" for name in ("brightness", "flat") for number in NUMBERS),
         "rollout/pair_distance", "rollout/images_per_second",
-        "train/loss", "train/ratio", "train/clip_fraction", "train/grad_norm", "train/learning_rate",
+        "train/loss", "train/ratio", "train/clip_fraction", "train/grad_norm", "train/skipped", "train/learning_rate",
         "train/points_per_second",
     }  # fmt: skip
     assert first["reward/flat/mean"] == 1
@@ -419,3 +419,51 @@ def test_the_model_is_the_cpus_whatever_the_default_device():
             module.configure_model()
         starts.append({name: value for name, value in module.named_parameters() if value.requires_grad})
     assert all(torch.equal(value, starts[1][name]) for name, value in starts[0].items())
+
+
+class Remembers(ToyFlow):
+    """Keeps what it has first computed, as some models keep positions on the device."""
+
+    kept = None
+
+    def velocity(self, latents, sigma, conditioning, guidance_scale=1.0):
+        if self.kept is None:
+            self.kept = torch.ones(1) * 2
+        return super().velocity(latents, sigma, conditioning) * self.kept
+
+
+def test_what_validation_has_made_a_model_keep_does_for_training(toy_module, fit, prompts_file):
+    """Lightning validates in inference mode, whose tensors cannot be saved for a backward pass."""
+    fit(toy_module(flow=Remembers()), 1, val=str(prompts_file), num_sanity_val_steps=-1)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {}
+
+
+@pytest.mark.parametrize("rollout_batch_size", [1, 3, 8])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_sizes_that_set_memory_set_nothing_else(toy_module, fit, weights, reference, rollout_batch_size, accumulation):
+    """Three epochs by SGD: Adam would make steps of rounding."""
+    sampling = Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=rollout_batch_size)
+    module = toy_module(
+        sampling=sampling,
+        batch_size=64 // accumulation,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )
+    trainer = fit(module, 3)
+    assert trainer.accumulate_grad_batches == accumulation
+    expected = reference.setdefault("weights", weights(module))
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_whose_weights_are_not_what_it_says_is_refused(toy_module, fit, tmp_path):
+    path = tmp_path / "one.ckpt"
+    fit(toy_module(), 1).save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {}
+    torch.save(saved, path)
+    with pytest.raises(ConfigurationError, match=r"weights differ in name or shape.*it has nothing"):
+        fit(toy_module(), 2, ckpt_path=str(path))

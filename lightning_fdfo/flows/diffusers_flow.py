@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Literal
 
 import diffusers
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
@@ -30,6 +32,7 @@ from lightning_fdfo.flows.quantization import Quantization, quantization_config
 from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.lora import fill_lora
+from lightning_fdfo.parallel import is_first_process, whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
 JOINT_ATTENTION = (
@@ -37,6 +40,8 @@ JOINT_ATTENTION = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 """Projections of image and of text tokens, in blocks where both attend to both."""
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, UnpicklingError, SafetensorError)
+"""What diffusers and transformers raise for a folder that is not what its index says."""
 TEXTS_A_SHARD = 32
 """Texts that are encoded, and written to the cache, at once."""
 
@@ -211,9 +216,9 @@ class DiffusersFlow(Adapter, FlowModel):
             options["revision"] = self.revision
         try:
             pipeline = self.pipeline_class.from_pretrained(self.pretrained, **options)
-        except OSError as error:
+        except UNREADABLE as error:
             raise ConfigurationError(
-                f"flow.pretrained: {self.pretrained!r} is neither a folder here nor a model that the hub gives: {error}"
+                f"flow.pretrained: {self.pretrained!r} is no model that can be read, here or on the hub: {error}"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
         self.adapt(pipeline)
@@ -341,7 +346,9 @@ class DiffusersFlow(Adapter, FlowModel):
     def _cache(self, negative: bool) -> TextCache:
         kind = self._device.type
         autocast = str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
-        settings = (type(self).__name__, str(self.dtype), autocast, str(self.max_sequence_length), str(negative))
+        adapter = f"{type(self).__module__}.{type(self).__qualname__}"
+        length = str(self.max_sequence_length)
+        settings = (adapter, _source(self.encode_texts), str(self.dtype), autocast, length, str(negative))
         name = f"cache {settings}"
         if name not in self._holder:
             parts = self._parts("text_encoder", "tokenizer")
@@ -426,7 +433,9 @@ class DiffusersFlow(Adapter, FlowModel):
     def save_lora(self, folder: Path) -> None:
         """By the pipeline's own `save_lora_weights`, with the metadata that carries alpha."""
         transformer = self.pipeline.transformer
-        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+        weights = whole(get_peft_model_state_dict(transformer))
+        if not is_first_process():
+            return
         self.pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
         )
@@ -443,6 +452,14 @@ class DiffusersFlow(Adapter, FlowModel):
         each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
         own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
         fill_lora(self.pipeline.transformer, state, own, file)
+
+
+def _source(function: Any) -> str:
+    """A function's text, where there is one: an adapter that is written anew encodes anew."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def _split(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 
 
@@ -72,6 +73,10 @@ class Sana(DiffusersFlow):
             return_dict=False,
         )[0]
         return velocity[:, : latents.shape[1]]
+
+    def num_tokens(self, height: int, width: int, conditioning: Conditioning) -> int:
+        """Of the image alone: blocks look at the text from aside."""
+        return height * width // self.size_multiple**2
 
     def unscale(self, latents: Tensor) -> Tensor:
         """The VAE has no shift."""

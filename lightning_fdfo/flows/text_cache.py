@@ -53,6 +53,9 @@ class TextCache:
     def missing(self, texts: Sequence[str]) -> list[str]:
         """Texts that are not here, each once, in order."""
         distinct = list(dict.fromkeys(texts))
+        gone = {path for path in self._seen if not path.exists()}  # somebody has made room
+        self._seen -= gone
+        self._places = {key: place for key, place in self._places.items() if place[0] not in gone}
         if any(_key(text) not in self._places for text in distinct):
             self._scan()
         return [text for text in distinct if _key(text) not in self._places]

@@ -204,7 +204,8 @@ def _conditioning_is_a_batch(subject: Subject) -> str | None:
     with torch.no_grad():
         expected = subject.flow.velocity(latents, sigma, together)
         again = subject.flow.velocity(latents[order], sigma, joined)
-        alone = Conditioning.cat([subject.flow.encode([prompt]) for prompt in PROMPTS])
+        with subject.flow.encoding():
+            alone = Conditioning.cat([subject.flow.encode([prompt]) for prompt in PROMPTS])
         encoded_alone = subject.flow.velocity(latents, sigma, alone)
     scale = expected.abs().mean().item()
     if (largest := subject.far(again, expected[order], scale)) is not None:

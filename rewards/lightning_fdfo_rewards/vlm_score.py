@@ -38,6 +38,8 @@ class VLMScore(ModelReward):
         dtype: of the weights, float32 or bfloat16.
         batch_size: images a forward.
         device: where it runs; None: beside the flow.
+        shard: spreads the model over all devices that the process sees, layer by layer (accelerate's `device_map`), for
+            one that does not fit on `device`. Several processes would each spread theirs over all.
 
     Raises:
         ConfigurationError: an option out of range; from `check`: a prompt with a control word of the model; from
@@ -65,8 +67,10 @@ class VLMScore(ModelReward):
         dtype: DType = "bfloat16",
         batch_size: int = 8,
         device: str | None = None,
+        shard: bool = False,
     ) -> None:
         super().__init__(dtype, batch_size, device)
+        self.shard = shard
         if "{prompt}" not in template:
             raise ConfigurationError(f"VLMScore: expected a template with {{prompt}} in it, got {template!r}")
         self.template = template
@@ -91,7 +95,7 @@ class VLMScore(ModelReward):
         frame = _read_frame(folder, self.image_size)
         tokenizer = load_tokenizer(folder)
         answers = tuple(_single_token(tokenizer, answer) for answer in (self.yes, self.no))
-        return Judge(_load_model(folder, self.dtype, device), tokenizer, frame, answers)
+        return Judge(_load_model(folder, self.dtype, device, self.shard), tokenizer, frame, answers)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
@@ -196,13 +200,17 @@ def _single_token(tokenizer: Any, answer: str) -> int:
 
 
 @shared
-def _load_model(folder: Path, dtype: str, device: torch.device) -> Any:
+def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, attn_implementation="sdpa"
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            device_map="auto" if shard else None,
         )
     except Exception as error:  # of another class's configuration, safetensors' own, a missing file
         raise ConfigurationError(f"VLMScore: {folder} holds no model that transformers can read: {error}") from error
-    return frozen(model, device)
+    return model.requires_grad_(False).eval() if shard else frozen(model, device)

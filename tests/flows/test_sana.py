@@ -124,7 +124,7 @@ def test_the_instruction_stands_before_prompts_alone(loaded):
 
 def test_a_latent_pixel_is_a_token(loaded):
     assert loaded.latent_shape(*SIZE) == (4, 2, 3)
-    assert loaded.num_tokens(*SIZE, loaded.encode(["a cat"])) == 2 * 3 + NUM_TOKENS
+    assert loaded.num_tokens(*SIZE, loaded.encode(["a cat"])) == 2 * 3  # blocks look at the text from aside
     assert loaded.width == 16
     with pytest.raises(ConfigurationError, match="multiples of 32, got 64 x 80"):
         loaded.latent_shape(64, 80)

@@ -336,3 +336,33 @@ def test_images_are_those_of_encoders_that_stay(cached):
         with torch.no_grad():
             results.append(each.velocity(latents, torch.tensor(0.5), each.encode(PROMPTS, ["", "a", "b"]), 2.0))
     assert torch.equal(*results)
+
+
+def test_an_adapter_that_is_written_anew_encodes_anew(tmp_path):
+    """Two classes of one name, as before and after an edit."""
+
+    def adapter(factor):
+        if factor == 1:
+
+            class Mine(StableDiffusion3):
+                def encode_texts(self, pipeline, texts, device, negative):
+                    return super().encode_texts(pipeline, texts, device, negative)
+        else:
+
+            class Mine(StableDiffusion3):
+                def encode_texts(self, pipeline, texts, device, negative):
+                    tensors = super().encode_texts(pipeline, texts, device, negative)
+                    return {name: 2 * value for name, value in tensors.items()}
+
+        return Mine("tiny-digits", max_sequence_length=0, text_encoders="cache", text_cache=str(tmp_path))
+
+    first, second = (adapter(factor).encode(["a"]).tensors["prompt_embeds"] for factor in (1, 2))
+    torch.testing.assert_close(second, 2 * first)
+
+
+def test_a_cache_that_is_deleted_is_filled_again(tmp_path):
+    options = {"max_sequence_length": 0, "text_encoders": "cache", "text_cache": str(tmp_path / "texts")}
+    flow = StableDiffusion3("tiny-digits", **options)
+    before = flow.encode(["a"]).tensors["prompt_embeds"]
+    shutil.rmtree(tmp_path / "texts")
+    assert torch.equal(flow.encode(["a"]).tensors["prompt_embeds"], before)

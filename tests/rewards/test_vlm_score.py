@@ -88,3 +88,24 @@ def test_a_prompt_cannot_break_out_of_its_question():
 def test_a_template_without_the_prompt_is_refused():
     with pytest.raises(ConfigurationError, match=r"expected a template with \{prompt\} in it"):
         VLMScore(template="Is it nice?")
+
+
+def test_a_model_that_is_spread_over_devices_gives_the_same_scores(folders, monkeypatch):
+    """On the only device that is sure to be here; accelerate puts each layer where there is room."""
+    maps = []
+    original = AutoModelForImageTextToText.from_pretrained
+
+    def watched(*arguments, **options):
+        maps.append(options["device_map"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watched)
+    _, images = images_8bit(56)
+    scores = []
+    for shard in (False, True):
+        reward = VLMScore(str(folders / "qwen2"), image_size=56, dtype="float32", shard=shard)
+        reward.setup(torch.device("cpu"))
+        assert not any(parameter.requires_grad for parameter in reward.model.model.parameters())
+        scores.append(reward(images, PROMPTS, [{}] * 4))
+    assert maps == [None, "auto"]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)

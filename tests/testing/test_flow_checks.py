@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ class LeavesWeightsOn(Tiny):
     def load(self):
         super().load()
         self.transformer.requires_grad_(True)
+
+
+class NeedsItsEncodersThere(Tiny):
+    """Encodes while they are on the device, and not otherwise: no fault."""
+
+    open = False
+
+    @contextmanager
+    def encoding(self):
+        self.open = True
+        yield
+        self.open = False
+
+    def encode_texts(self, pipeline, texts, device, negative):
+        assert self.open
+        return super().encode_texts(pipeline, texts, device, negative)
+
+
+def test_texts_are_encoded_where_the_encoders_are():
+    check_flow_model(NeedsItsEncodersThere(), num_steps=1)
 
 
 class OtherGrid(Tiny):

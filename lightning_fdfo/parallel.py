@@ -1,0 +1,78 @@
+"""Sharding by FSDP2: every `fully_shard` of the package, and what sharded weights need elsewhere.
+
+DDP needs nothing here: a pair stays on the process that made it, and Lightning averages the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning_fdfo.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from lightning_fdfo.flow import FlowModel
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuses what cannot work, before any model is loaded.
+
+    Raises:
+        ConfigurationError: FSDP1; or FSDP2 that splits more than the data, or writes checkpoints in pieces.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        raise ConfigurationError(
+            "trainer.strategy: FSDP1 (FSDPStrategy) cannot clip a gradient's norm, and breaks rollouts outside of "
+            "training_step; lay configs/fsdp2.yaml over your configuration instead"
+        )
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if strategy._save_distributed_checkpoint:
+        raise ConfigurationError(
+            "trainer.strategy: expected save_distributed_checkpoint: false, as in configs/fsdp2.yaml: a checkpoint "
+            "holds what trains, in one file"
+        )
+    sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
+    if sizes[1] not in (1, "auto") or sizes == ("auto", "auto"):
+        raise ConfigurationError(
+            f"trainer.strategy: expected tensor_parallel_size: 1 and data_parallel_size: the number of devices, as in "
+            f"configs/fsdp2.yaml, got data_parallel_size {sizes[0]} and tensor_parallel_size {sizes[1]}"
+        )
+
+
+def shard(flow: FlowModel, mesh: DeviceMesh) -> None:
+    """Shards a loaded flow's transformer over devices: block by block, then the rest.
+
+    Args:
+        flow: loaded, with what trains decided (a LoRA bound, or all of it).
+        mesh: Lightning's, with a dimension `data_parallel`.
+    """
+    devices = mesh["data_parallel"]
+    for block in flow.blocks:
+        fully_shard(block, mesh=devices)
+    fully_shard(flow.transformer, mesh=devices)
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what all have."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without their shards, on the CPU; each process must call it with the same names.
+
+    Example:
+        >>> import torch
+        >>> whole({"A": torch.ones(2)})
+        {'A': tensor([1., 1.])}
+    """
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+        for name, tensor in tensors.items()
+    }
