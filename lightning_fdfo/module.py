@@ -453,8 +453,10 @@ class FDFOModule(LightningModule):
 
     def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
         """Logs means over an epoch and over devices."""
+        devices = self.trainer.world_size
+        # Lightning divides the number of images by that of devices, in whole numbers: made divisible, it loses nothing.
         self.log_dict(
-            dict(values), on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=self.trainer.world_size > 1
+            dict(values), on_step=False, on_epoch=True, batch_size=batch_size * devices, sync_dist=devices > 1
         )
 
     # Validation
