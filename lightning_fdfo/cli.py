@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgre
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_fdfo.callbacks import is_inside, run_folder
+from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError

@@ -85,7 +85,7 @@ def overlay(folder, lora):
                         "save_top_k": -1,
                     },
                 },
-                {"class_path": "lightning_fdfo.ema.EMA", "init_args": {"decay": 0.5}},
+                {"class_path": "lightning_fdfo.callbacks.EMA", "init_args": {"decay": 0.5}},
                 {"class_path": "lightning_fdfo.callbacks.LoRAExport"},
                 {"class_path": "tests.test_parallel.Record", "init_args": {"folder": str(folder / "rollouts")}},
             ],

@@ -10,8 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_fdfo.callbacks import RewardCurve
-from lightning_fdfo.ema import EMA
+from lightning_fdfo.callbacks import EMA, RewardCurve
 
 EPOCHS, SETTLED = 300, 50
 

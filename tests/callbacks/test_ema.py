@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_fdfo import LoRA, PromptDataModule
-from lightning_fdfo.callbacks import LoRAExport
+from lightning_fdfo.callbacks import EMA, LoRAExport
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
-from lightning_fdfo.ema import EMA
 from lightning_fdfo.errors import ConfigurationError
 from tests.conftest import ToyFlow, trainable
 

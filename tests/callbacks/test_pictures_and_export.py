@@ -5,7 +5,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from lightning_fdfo.callbacks import BeforeAfter, LoRAExport, RewardCurve, image_grid
+from lightning_fdfo.callbacks import BeforeAfter, LoRAExport, RewardCurve
+from lightning_fdfo.callbacks.image_grid import image_grid
 from lightning_fdfo.errors import ConfigurationError
 
 

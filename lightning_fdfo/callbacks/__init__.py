@@ -1,0 +1,8 @@
+"""Callbacks: what watches a run, and writes into its folder."""
+
+from lightning_fdfo.callbacks.before_after import BeforeAfter
+from lightning_fdfo.callbacks.ema import EMA
+from lightning_fdfo.callbacks.lora_export import LoRAExport
+from lightning_fdfo.callbacks.reward_curve import RewardCurve
+
+__all__ = ["EMA", "BeforeAfter", "LoRAExport", "RewardCurve"]

@@ -1,0 +1,106 @@
+"""BeforeAfter: the fixed validation prompts, painted and judged before and after training."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_fdfo.callbacks.image_grid import image_grid
+from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.errors import ConfigurationError
+
+
+class BeforeAfter(Callback):
+    """Judges the fixed validation prompts before and after training.
+
+    The validation before any step (Lightning's sanity check; set `num_sanity_val_steps: -1`) and the last one of `fit`
+    are compared: grids of their first images go to `before.png` and `after.png`, all mean scores to
+    `before_after.json`, and a table is printed.
+
+    Args:
+        num_images: in a grid.
+        columns: of the grid.
+        zoom: pixels a pixel.
+    """
+
+    def __init__(self, num_images: int = 24, columns: int = 6, zoom: int = 2) -> None:
+        self.num_images = num_images
+        self.columns = columns
+        self.zoom = zoom
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.after_epoch = 0
+        self._images: list[Tensor] = []
+        self._sums: dict[str, tuple[float, int]] = {}
+        """Sum and number of each name's scores; an image that a reward failed on has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first validation's scores, so that a resumed run still compares with the base model."""
+        return {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores them."""
+        self.before, self.after = state_dict["before"], state_dict["after"]
+        self.after_epoch = state_dict["after_epoch"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ConfigurationError if the base model would be judged on a part of the prompts only."""
+        if stage == "fit" and trainer.num_sanity_val_steps not in (0, float("inf")):
+            raise ConfigurationError(
+                f"BeforeAfter: expected trainer.num_sanity_val_steps -1 (or 0, for no comparison), "
+                f"got {trainer.num_sanity_val_steps}"
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts anew."""
+        self._images, self._sums = [], {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Adds a batch's scores, and its images until the grid is full."""
+        if sum(len(images) for images in self._images) < self.num_images:
+            self._images.append(outputs["images"])
+        for name, scores in outputs["scores"].items():
+            value, count = self._sums.get(name, (0.0, 0))
+            scored = scores[scores.isfinite()].double()
+            self._sums[name] = (value + scored.sum().item(), count + len(scored))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the grid; the sanity check's is `before`, each later one `after`."""
+        if not judges_a_fit(trainer):
+            return
+        names = list(self._sums)
+        local = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=pl_module.device)
+        sums = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        means = {name: value / max(count, 1) for name, (value, count) in zip(names, sums, strict=True)}
+        if trainer.sanity_checking:
+            self.before = means
+        else:
+            self.after, self.after_epoch = means, trainer.current_epoch + 1
+        if trainer.is_global_zero:
+            images = torch.cat(self._images)[: self.num_images]
+            path = run_folder(trainer) / ("before.png" if trainer.sanity_checking else "after.png")
+            image_grid(images, self.columns, self.zoom).save(path)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table and writes `before_after.json`."""
+        if not (self.before and self.after):
+            return
+        table = Table("", "before", f"after epoch {self.after_epoch}", "change", title="Fixed validation prompts")
+        for name, before in self.before.items():
+            after = self.after[name]
+            table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        Console().print(table)
+        summary = {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
+        folder = run_folder(trainer)
+        (folder / "before_after.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        print(f"Pictures, curve and LoRA are in {folder}")

@@ -1,0 +1,30 @@
+"""The run's folder, which callbacks write into, and the validations that belong to a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's files go: `default_root_dir`, made if need be."""
+    folder = Path(trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path leads to something below the folder that it is joined to.
+
+    Example:
+        >>> is_inside("lora/final"), is_inside("../lora"), is_inside("/tmp/lora"), is_inside(".")
+        (True, False, False, False)
+    """
+    return bool(Path(path).parts) and not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
+def judges_a_fit(trainer: Trainer) -> bool:
+    """Whether a validation belongs to `fit`, and is not the sanity check of a resumed one."""
+    return trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking and trainer.global_step)
