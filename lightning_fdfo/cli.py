@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -20,9 +21,10 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
+from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
@@ -30,8 +32,8 @@ from lightning_fdfo.module import FDFOModule
 
 MAX_NODES = 100_000
 """Values in a configuration file, each alias counted as what it stands for."""
-CKPT_KEYWORDS = ("last", "best", "hpc")
-"""What Lightning takes for `--ckpt_path` beside a file."""
+RECORD = "config.yaml"
+"""The resolved configuration, in the run's folder."""
 
 
 class FDFOArgumentParser(LightningArgumentParser):
@@ -59,8 +61,6 @@ class RunRecord(SaveConfigCallback):
         """Raises ConfigurationError if `fit` would mix two runs in one folder, or go on with none."""
         record = Path(trainer.default_root_dir) / self.config_filename
         ckpt_path = self.config.get("ckpt_path")
-        if ckpt_path and ckpt_path not in CKPT_KEYWORDS and not Path(ckpt_path).is_file():
-            raise ConfigurationError(f"--ckpt_path: expected a file, or one of {CKPT_KEYWORDS}, got {ckpt_path}")
         if stage == "fit" and ckpt_path == "last" and not record.exists():
             raise ConfigurationError(f"--ckpt_path last: {record.parent} holds no run to go on with")
         if self.config.get("weights_only") is False:
@@ -68,6 +68,8 @@ class RunRecord(SaveConfigCallback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 _check_checkpoints(callback, resumes=stage == "fit" and ckpt_path == "last")
+        if ckpt_path:
+            _check_readable(trainer, ckpt_path)
         if stage == "fit" and record.exists() and not ckpt_path:
             raise ConfigurationError(
                 f"{record.parent} holds a run already: go on with it by --ckpt_path last, "
@@ -107,6 +109,17 @@ def _check_checkpoints(callback: ModelCheckpoint, resumes: bool) -> None:
         )
 
 
+def _check_readable(trainer: Trainer, ckpt_path: str) -> None:
+    """Raises ConfigurationError for a file that cannot be read: before a model is loaded, and for every strategy."""
+    reader = trainer.strategy.checkpoint_io
+    if not isinstance(reader, AtomicCheckpointIO):
+        return
+    folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)]  # type: ignore[attr-defined]
+    files = [folder / "last.ckpt" for folder in folders] if ckpt_path == "last" else [Path(ckpt_path)]
+    for file in {file for file in files if file.exists()}:
+        reader.load_checkpoint(file, map_location="meta")
+
+
 class FDFOCLI(LightningCLI):
     """LightningCLI with strict keys, interpolation, one seed for all, and atomic checkpoints.
 
@@ -143,6 +156,23 @@ class FDFOCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
 
+    def before_instantiate_classes(self) -> None:
+        """A job that SLURM has queued anew goes on with its run, by the command that it was started with.
+
+        Raises:
+            ConfigurationError: `--ckpt_path` is neither a file nor `last`.
+        """
+        config = self.config.get(str(self.subcommand), self.config)
+        ckpt_path = config.get("ckpt_path")
+        if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).is_file():
+            raise ConfigurationError(f"--ckpt_path: expected a file, or last, got {ckpt_path}")
+        if self.subcommand != "fit" or ckpt_path or not is_requeued():
+            return
+        folder = Path(config.trainer.default_root_dir or ".")
+        if (folder / RECORD).exists():
+            rank_zero_info(f"SLURM has queued this job anew: it goes on with the run in {folder}")
+            config.ckpt_path = "last"
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""
 
@@ -153,8 +183,9 @@ class FDFOCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(trainer.get("callbacks")))
+        self.trainer_defaults["callbacks"] = [SLURMRequeue()]
         if trainer.get("enable_progress_bar") is not False and not has_bar:
-            self.trainer_defaults["callbacks"] = [TQDMProgressBar()]
+            self.trainer_defaults["callbacks"].append(TQDMProgressBar())
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
@@ -168,6 +199,7 @@ def main(run: Callable[[], Any] = FDFOCLI) -> Any:
         What it gives.
     """
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning and torch, about them
     import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
 
     try:

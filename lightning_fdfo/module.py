@@ -137,6 +137,7 @@ class FDFOModule(LightningModule):
         self._texts: list[Prompt] = []
         self._dropouts: list[nn.Module] = []
         self._rollout_metrics: dict[str, float] = {}
+        self._logged: set[str] = set()
         self._skipped = 0
         self._training_started = 0.0
         taken = {"reward"} & set(self.rewards.terms)
@@ -436,8 +437,9 @@ class FDFOModule(LightningModule):
             parameter.grad = None
         told = f"update {self.trainer.global_step}: the gradient's norm is {norm.item()}"
         if self._skipped > self.max_skipped:
-            callback: Any = self.trainer.checkpoint_callback
-            last = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+            callbacks = self.trainer.checkpoint_callbacks
+            paths = [getattr(one, name, "") for name in ("last_model_path", "best_model_path") for one in callbacks]
+            last = next(filter(None, paths), "")
             raise DivergenceError(
                 f"{told}, as for {self.max_skipped} updates before it; go on from {last or 'an earlier checkpoint'} "
                 "with a smaller learning rate, or look at the rewards of the last epochs"
@@ -451,12 +453,31 @@ class FDFOModule(LightningModule):
             points = self.plan.num_pairs * self.plan.points_per_pair
             self._log_epoch({"train/points_per_second": points / (time.perf_counter() - self._training_started)}, 1)
 
+    def on_train_epoch_end(self) -> None:
+        """Writes the epoch's numbers to the loggers: here, for Lightning would do it after the epoch's checkpoint.
+
+        A run killed between the two would go on without them.
+        """
+        metrics = self.trainer.callback_metrics
+        row = {name: metrics[name].item() for name in sorted(self._logged)} | {"epoch": self.current_epoch}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=self.trainer.global_step - 1)
+            logger.save()
+
     def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
-        """Logs means over an epoch and over devices."""
+        """Logs means over an epoch and over devices; those of training reach the loggers by `on_train_epoch_end`."""
+        training = self.trainer.training
+        if training:
+            self._logged.update(values)
         devices = self.trainer.world_size
         # Lightning divides the number of images by that of devices, in whole numbers: made divisible, it loses nothing.
         self.log_dict(
-            dict(values), on_step=False, on_epoch=True, batch_size=batch_size * devices, sync_dist=devices > 1
+            dict(values),
+            logger=False if training else None,
+            on_step=False,
+            on_epoch=True,
+            batch_size=batch_size * devices,
+            sync_dist=devices > 1,
         )
 
     # Validation

@@ -1,5 +1,7 @@
 """The command as a user types it: in processes of its own, on the shipped model and a reward that costs nothing."""
 
+import json
+import os
 import re
 import signal
 import subprocess
@@ -42,17 +44,19 @@ def run(*arguments, optimise=False, check=True):
     line = command(*arguments)
     if optimise:
         line.insert(1, "-O")
-    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two devices' threads would wait for each other
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if check and result.returncode:
         raise AssertionError(result.stdout[-2000:] + result.stderr[-4000:])
     return result
 
 
 def every_epoch(folder):
-    """A checkpoint an epoch: the configuration's list of callbacks, with the first one changed."""
+    """Each epoch's checkpoint is kept, by the configuration's first callback; the second one is left out."""
     config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     callbacks = config["trainer"]["callbacks"]
-    callbacks[0]["init_args"] |= {"every_n_epochs": 1}
+    callbacks[0]["init_args"] |= {"filename": "{epoch}", "save_top_k": -1}
+    del callbacks[1]
     overlay = folder / "every_epoch.yaml"
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     return ["--config", str(overlay)]
@@ -83,7 +87,9 @@ def test_a_run_leaves_its_record(whole):
 def test_kill_and_resume_is_no_stop_to_the_bit(whole, tmp_path):
     """kill -9 in the middle of an epoch, then --ckpt_path last."""
     arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, **silent)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run/checkpoints/epoch=1.ckpt").exists():
@@ -141,6 +147,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
     assert "holds a run already: go on with it by --ckpt_path last" in result.stderr
 
 
+def test_a_job_that_slurm_has_queued_anew_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
+    arguments = fit_arguments(tmp_path, *SMALL, "--trainer.callbacks=null", "--trainer.logger=false")
+    checkpoints = {
+        "dirpath": str(tmp_path / "c"),
+        "every_n_epochs": 1,
+        "save_on_train_epoch_end": True,
+        "save_last": True,
+    }
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints}
+    arguments += [f"--trainer.callbacks={json.dumps([saving])}"]
+    main([*arguments, "--trainer.max_epochs=1"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--trainer.max_epochs=2"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main([*arguments, "--trainer.max_epochs=2"])
+    assert torch.load(tmp_path / "c/last.ckpt", weights_only=True)["epoch"] == 1
+    assert yaml.safe_load((tmp_path / "config-1.yaml").read_text())["ckpt_path"] == "last"
+    main([*fit_arguments(tmp_path / "new", *SMALL), "--trainer.callbacks=null", "--trainer.max_epochs=1"])
+
+
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "empty.txt").write_text("")
@@ -184,7 +211,8 @@ def files(tmp_path):
         ("--data.train={tmp}/unknown.txt", r"unknown\.txt:1: OCR: the recogniser does not know"),
         ("--trainer.num_sanity_val_steps=2", r"num_sanity_val_steps -1"),
         ("--trainer.precision=bf16-true", r"precision=bf16-true: expected one of 32-true, bf16-mixed"),
-        ("--ckpt_path={tmp}/none.ckpt", r"expected a file, or one of"),
+        ("--ckpt_path={tmp}/none.ckpt", r"expected a file, or last"),
+        ("--ckpt_path=hpc", r"expected a file, or last"),
         ("--ckpt_path=last", r"holds no run to go on with"),
     ],
 )

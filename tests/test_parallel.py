@@ -1,5 +1,6 @@
 """One, two processes, sharded or not: the same run, stopped and gone on with on any of them. On the CPU, by gloo."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,8 @@ def overlay(folder, lora):
 def fit(folder, way, *more, lora=True):
     arguments = ["--config", "configs/quickstart.yaml", "--config", str(overlay(folder, lora)), *WAYS[way], *more]
     line = [sys.executable, "-m", "lightning_fdfo", "fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"]
-    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two devices' threads would wait for each other
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return folder
 

@@ -29,6 +29,7 @@ from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretra
 from lightning_fdfo.flows.text_cache import TextCache
 from lightning_fdfo.folder_scores import Row, print_scores
 from lightning_fdfo.lora import LoRA
+from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -348,6 +349,18 @@ def test_last_that_is_gone_does_not_mean_to_start_anew(start, tmp_path):
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "run" / "c" / "epoch=3.ckpt")
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(ConfigurationError, match=r"holds no last\.ckpt: name one of its files: epoch=3\.ckpt$"):
+        start(ckpt_path="last", save_last=True)
+
+
+@pytest.mark.parametrize("torn", [b"", b"PK\3\4 cut short", "half"])
+def test_a_checkpoint_that_cannot_be_read_is_told_before_any_model_is_loaded(start, tmp_path, torn, monkeypatch):
+    """Also where weights are sharded: Lightning's strategy for that reads files by itself."""
+    start(save_last=True)
+    last = tmp_path / "run/c/last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2] if torn == "half" else torn)
+    (tmp_path / "run/config.yaml").touch()
+    monkeypatch.setattr(FDFOModule, "configure_model", None)
+    with pytest.raises(ConfigurationError, match=r"last\.ckpt cannot be loaded: it is cut short.*epoch=0"):
         start(ckpt_path="last", save_last=True)
 
 

@@ -4,5 +4,6 @@ from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.lora_export import LoRAExport
 from lightning_fdfo.callbacks.reward_curve import RewardCurve
+from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue
 
-__all__ = ["EMA", "BeforeAfter", "LoRAExport", "RewardCurve"]
+__all__ = ["EMA", "BeforeAfter", "LoRAExport", "RewardCurve", "SLURMRequeue"]
