@@ -347,6 +347,7 @@ class FDFOModule(LightningModule):
         good = rollout if bool(whole.all()) else rollout.select(whole)
         self.rewards.update_scales(self.current_epoch, good.scores, self._all_sum)
         self._rollout_metrics = rollout_metrics(good, self.rewards, self._all_sum)
+        self._show(good)
         if self.on_reward_error == "drop_pair":
             self._rollout_metrics["reward/dropped"] = dropped
         self._training_started = time.perf_counter()
@@ -354,6 +355,13 @@ class FDFOModule(LightningModule):
         total = torch.stack(list(self.rewards.differences(good.scores).values())).sum(dim=0)
         differences[whole.repeat_interleave(2)] = total * (self.num_pairs / kept) if dropped else total
         return differences
+
+    def _show(self, rollout: Rollout) -> None:
+        """Calls `on_rollout_end(trainer, pl_module, rollout)` of callbacks that have it, with this device's pairs."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            look = getattr(callback, "on_rollout_end", None)
+            if look is not None:
+                look(self.trainer, self, rollout)
 
     def _all_sum(self, values: Tensor) -> Tensor:
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
@@ -368,10 +376,17 @@ class FDFOModule(LightningModule):
 
     def on_train_batch_start(self, batch: TrajectoryPoints, batch_idx: int) -> None:
         """Logs the numbers of the epoch's rollout, which lies behind its first batch; switches dropout on."""
-        self._switch_dropout(True)
         if batch_idx == 0:
-            self._log_epoch(self._rollout_metrics, 1)
+            drift = {"train/drift": self._drift(batch)} if self.lora is not None else {}
+            self._log_epoch(self._rollout_metrics | drift, 1)
             self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
+        self._switch_dropout(True)
+
+    def _drift(self, batch: TrajectoryPoints) -> Tensor:
+        """How far the rollout's velocity has left the base model's, as a share of it: rms(v - v_base) / rms(v_base)."""
+        with self.trainer.precision_plugin.forward_context():
+            base = self._base_velocity(batch).float()
+        return (velocity_divergence(batch.old_velocity, base).mean() / base.square().mean()).sqrt()
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch."""

@@ -33,6 +33,8 @@ def rollout_metrics(rollout: Rollout, rewards: RewardMix, all_sum: Callable[[Ten
     For two terms, `reward/A/agrees_with/B`: share of pairs of which both prefer the same branch, among those that are a
     tie for neither. Left out if there are none.
 
+    For each of `evaluation.image_statistics`, `image/NAME`: its mean over all images.
+
     And `rollout/pair_distance` (rms of the half difference of the final latents), `rollout/images_per_second`.
 
     Args:
@@ -53,6 +55,8 @@ def rollout_metrics(rollout: Rollout, rewards: RewardMix, all_sum: Callable[[Ten
         if what == "mean":
             mean, mean_square = value / count, total[name, "square"] / count
             metrics |= {f"{name}/mean": mean, f"{name}/std": max(mean_square - mean**2, 0.0) ** 0.5}
+        elif what == "average":
+            metrics[name] = value / count
         elif what in ("difference", "ties"):
             metrics[f"{name}/{what}"] = value / count
         elif what == "share" and total["reward", "difference"]:
@@ -72,6 +76,8 @@ def _sums(rollout: Rollout, rewards: RewardMix) -> Iterator[tuple[Key, Tensor]]:
     parts = rewards.differences(scores)
     difference = torch.stack(list(parts.values())).sum(dim=0)
     yield from _sums_of_one("reward", rewards.total(scores), difference)
+    for name, statistic in rollout.statistics.items():
+        yield (f"image/{name}", "average"), statistic.double().sum()
     for name, score in scores.items():
         yield from _sums_of_one(f"reward/{name}", score, half_differences(score))
         if rewards.terms[name].weight:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.evaluation.image_statistics import image_statistics
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
@@ -71,6 +72,8 @@ class Rollout(NamedTuple):
     """P rows"""
     scores: dict[str, Tensor]
     """name of a reward -> [2P], unweighted"""
+    statistics: dict[str, Tensor]
+    """name of an image statistic -> [2P]"""
     seconds: float
     """time that it took"""
 
@@ -86,6 +89,7 @@ class Rollout(NamedTuple):
             ),
             Conditioning.cat([part.conditioning for part in parts]),
             {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+            {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics},
             sum(part.seconds for part in parts),
         )
 
@@ -104,6 +108,7 @@ class Rollout(NamedTuple):
             Trajectories(self.trajectories.latents[rows], self.trajectories.velocities[rows]),
             self.conditioning[chosen.nonzero().flatten()],
             {name: score[rows] for name, score in self.scores.items()},
+            {name: value[rows] for name, value in self.statistics.items()},
             self.seconds,
         )
 
@@ -168,7 +173,8 @@ def roll_out(
         which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
         raise RewardError(f"{which} of epoch {epoch}: {error}") from error
     at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
-    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, time.perf_counter() - start)
+    statistics = {name: value.cpu() for name, value in image_statistics(images).items()}
+    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, statistics, time.perf_counter() - start)
 
 
 @torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too

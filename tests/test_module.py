@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
 from lightning_fdfo.callbacks import BeforeAfter, RewardCurve
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.evaluation.image_statistics import STATISTICS
 from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.objective import velocity_objective
 from lightning_fdfo.reward_mix import RewardTerm
@@ -56,8 +57,9 @@ def test_what_is_logged(toy_module, fit):
         "reward/mean", "reward/std", "reward/difference", "reward/ties",
         *(f"reward/{name}/{number}" for name in ("brightness", "flat") for number in NUMBERS),
         "rollout/pair_distance", "rollout/images_per_second",
+        *(f"image/{name}" for name in STATISTICS),
         "train/loss", "train/ratio", "train/clip_fraction", "train/grad_norm", "train/skipped", "train/learning_rate",
-        "train/points_per_second",
+        "train/drift", "train/points_per_second",
     }  # fmt: skip
     assert first["reward/flat/mean"] == 1
     assert first["reward/flat/std"] == 0

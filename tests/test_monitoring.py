@@ -27,7 +27,8 @@ def rollout(scores, rows=slice(None)):
     latents[::2, -1] = 1.0  # half differences of 1/2 everywhere
     trajectories = Trajectories(latents[rows], torch.zeros(8, 1, 1, 2, 2)[rows])
     scores = {name: values[rows] for name, values in scores.items()}
-    return Rollout(range(4), torch.tensor([1.0, 0.0]), trajectories, Conditioning({}), scores, seconds=2.0)
+    statistics = {"brightness": torch.arange(8.0)[rows]}
+    return Rollout(range(4), torch.tensor([1.0, 0.0]), trajectories, Conditioning({}), scores, statistics, seconds=2.0)
 
 
 def measure(scores, mix):
@@ -55,6 +56,7 @@ def test_numbers_of_each_term_and_of_the_total():
     assert metrics["reward/ties"] == 0
     assert metrics["rollout/pair_distance"] == pytest.approx(0.5)
     assert metrics["rollout/images_per_second"] == 4.0
+    assert metrics["image/brightness"] == 3.5
 
 
 def test_shares_say_who_decided_and_sum_to_one():

@@ -4,6 +4,7 @@ from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.lora_export import LoRAExport
 from lightning_fdfo.callbacks.reward_curve import RewardCurve
+from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue
 
-__all__ = ["EMA", "BeforeAfter", "LoRAExport", "RewardCurve", "SLURMRequeue"]
+__all__ = ["EMA", "Band", "BeforeAfter", "LoRAExport", "RewardCurve", "RewardHackingMonitor", "SLURMRequeue"]

@@ -28,3 +28,18 @@ def is_inside(path: str) -> bool:
 def judges_a_fit(trainer: Trainer) -> bool:
     """Whether a validation belongs to `fit`, and is not the sanity check of a resumed one."""
     return trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking and trainer.global_step)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it: it is whole, or as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_text(Path(folder) / "a.txt", "text")
+        ...     print((Path(folder) / "a.txt").read_text())
+        text
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

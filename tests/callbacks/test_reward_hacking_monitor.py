@@ -1,0 +1,122 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_fdfo.callbacks import Band, RewardHackingMonitor
+from lightning_fdfo.errors import ConfigurationError
+
+
+def train(fit, module, monitor, tmp_path, epochs=6, **options):
+    saving = ModelCheckpoint(
+        tmp_path / "c", "{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1, save_last=True
+    )
+    return fit(module, epochs, callbacks=[monitor, saving], enable_checkpointing=True, **options)
+
+
+@pytest.fixture
+def greedy(toy_module):
+    """A toy that brightens fast."""
+    return lambda: toy_module(
+        num_pairs=80,
+        updates_per_epoch=4,
+        batch_size=80,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    )
+
+
+class Notes(ModelCheckpoint):
+    """Keeps each epoch's numbers."""
+
+    def __init__(self):
+        super().__init__(save_top_k=0)
+        self.seen = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.fixture
+def numbers(greedy, fit):
+    notes = Notes()
+    fit(greedy(), 6, callbacks=[notes], enable_checkpointing=True)
+    return notes.seen
+
+
+def test_brightness_rises_and_the_velocity_drifts(numbers):
+    brightness = [row["image/brightness"] for row in numbers]
+    assert max(brightness[:3]) < min(brightness[3:])
+    assert numbers[0]["train/drift"] == 0
+    assert numbers[-1]["train/drift"] > numbers[1]["train/drift"] > 0
+
+
+def test_it_stops_at_the_first_epoch_out_of_its_band_and_names_the_way_back(greedy, fit, numbers, tmp_path):
+    limit = (numbers[3]["image/brightness"] + numbers[2]["image/brightness"]) / 2 - numbers[0]["image/brightness"]
+    monitor = RewardHackingMonitor({"image/brightness": Band(change=(None, limit))}, action="stop")
+    with pytest.warns(
+        UserWarning, match=r"epoch 3: image/brightness is .*the run stops, and go back to epoch 1: "
+    ) as told:
+        trainer = train(fit, greedy(), monitor, tmp_path)
+    assert str(tmp_path / "c/epoch=1.ckpt") in str(told[-1].message)
+    assert trainer.current_epoch == 4
+    record = json.loads((tmp_path / "reward_hacking.json").read_text())
+    assert record["start"] == {"image/brightness": numbers[0]["image/brightness"]}
+    (event,) = record["events"]
+    assert (event["epoch"], event["last_good_checkpoint"]) == (3, 1)
+    assert event["value"] == numbers[3]["image/brightness"]
+
+
+def test_it_warns_and_goes_on_also_after_a_resume(greedy, fit, numbers, tmp_path):
+    def monitor():
+        return RewardHackingMonitor({"image/brightness": Band(times=(None, 0.9))})
+
+    with pytest.warns(UserWarning, match="epoch 0: .*no checkpoint is from before: start anew") as told:
+        train(fit, greedy(), monitor(), tmp_path, epochs=1)
+    with pytest.warns(UserWarning, match="epoch [1-5]: "):
+        trainer = train(fit, greedy(), monitor(), tmp_path, ckpt_path="last")
+    assert trainer.current_epoch == 6
+    assert len(told) == 1
+    record = json.loads((tmp_path / "reward_hacking.json").read_text())
+    assert [event["epoch"] for event in record["events"]] == [0, 1, 2, 3, 4, 5]
+    assert {event["start"] for event in record["events"]} == {numbers[0]["image/brightness"]}
+
+
+@pytest.mark.parametrize(
+    ("band", "number", "start", "held"),
+    [
+        (Band(value=(0.0, 1.0)), 1.0, 5.0, True),
+        (Band(value=(0.0, 1.0)), 1.1, 5.0, False),
+        (Band(change=(-0.5, None)), 4.5, 5.0, True),
+        (Band(change=(-0.5, None)), 4.4, 5.0, False),
+        (Band(times=(0.5, 2.0)), 10.0, 5.0, True),
+        (Band(times=(0.5, 2.0)), 2.4, 5.0, False),
+        (Band(times=(0.5, 2.0)), 0.0, 0.0, True),
+        (Band(times=(0.5, 2.0)), 0.1, 0.0, False),
+        (Band(value=(0.0, 1.0)), float("nan"), 5.0, False),
+    ],
+)
+def test_bands(band, number, start, held):
+    assert band.holds(number, start) is held
+
+
+@pytest.mark.parametrize(
+    "band",
+    [Band(), Band(value=(0, 1), times=(0, 1)), Band(value=(1.0, 0.0)), Band(value=(None, None))],
+)
+def test_a_band_that_makes_no_sense_is_refused(band):
+    with pytest.raises(ConfigurationError, match="expected one of value, change and times as"):
+        RewardHackingMonitor({"image/brightness": band})
+
+
+@pytest.mark.parametrize("name", ["image/colour", "reward/OCR/mean"])
+def test_a_number_that_nothing_logs_is_told_before_any_model_is_loaded(toy_module, fit, name):
+    module = toy_module()
+    with pytest.raises(ConfigurationError, match=f"nothing logs {name}; there are image/brightness, .*brightness"):
+        fit(module, 1, callbacks=[RewardHackingMonitor({name: Band(value=(0, 1))})])
+    assert not hasattr(module.flow, "transformer")
+
+
+def test_another_name_is_told_after_the_first_epoch(toy_module, fit):
+    with pytest.raises(ConfigurationError, match=r"\['loss'\] was not logged in epoch 0; logged: image/brightness"):
+        fit(toy_module(), 1, callbacks=[RewardHackingMonitor({"loss": Band(value=(0, 1))})])
