@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import AdamW
 
 from lightning_fdfo import FDFOModule, LoRA, Objective, PromptDataModule, Sampling
-from lightning_fdfo.callbacks import BeforeAfter, LoRAExport, RewardCurve
+from lightning_fdfo.callbacks import BeforeAfter, Curves, LoRAExport
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.flows import StableDiffusion3
 
@@ -31,6 +31,6 @@ trainer = Trainer(
     default_root_dir=folder, accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, num_sanity_val_steps=-1,
     check_val_every_n_epoch=20, log_every_n_steps=1, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
     logger=[TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)],
-    callbacks=[last, BeforeAfter(), RewardCurve(), LoRAExport()],
+    callbacks=[last, BeforeAfter(), Curves(), LoRAExport()],
 )  # fmt: skip
 trainer.fit(module, PromptDataModule("configs/prompts/digits_train.txt", "configs/prompts/digits_heldout.txt"))

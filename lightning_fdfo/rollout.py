@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,8 @@ class Rollout(NamedTuple):
 
     pairs: Sequence[int]
     """P global pair indices"""
+    prompts: Sequence[str]
+    """P texts"""
     sigmas: Tensor
     """[T+1]"""
     trajectories: Trajectories
@@ -82,6 +85,7 @@ class Rollout(NamedTuple):
         """Joins the chunks of an epoch."""
         return Rollout(
             [pair for part in parts for pair in part.pairs],
+            [text for part in parts for text in part.prompts],
             parts[0].sigmas,
             Trajectories(
                 torch.cat([part.trajectories.latents for part in parts]),
@@ -103,7 +107,8 @@ class Rollout(NamedTuple):
         """Some of the pairs; `chosen` is [P], bool."""
         rows = chosen.repeat_interleave(2)
         return Rollout(
-            [pair for pair, taken in zip(self.pairs, chosen.tolist(), strict=True) if taken],
+            list(compress(self.pairs, chosen.tolist())),
+            list(compress(self.prompts, chosen.tolist())),
             self.sigmas,
             Trajectories(self.trajectories.latents[rows], self.trajectories.velocities[rows]),
             self.conditioning[chosen.nonzero().flatten()],
@@ -174,7 +179,10 @@ def roll_out(
         raise RewardError(f"{which} of epoch {epoch}: {error}") from error
     at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
     statistics = {name: value.cpu() for name, value in image_statistics(images).items()}
-    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, statistics, time.perf_counter() - start)
+    texts = [prompt.text for prompt in prompts]
+    return Rollout(
+        pairs, texts, sigmas, at_rest, conditioning.to("cpu"), scores, statistics, time.perf_counter() - start
+    )
 
 
 @torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
-from lightning_fdfo.callbacks import BeforeAfter, RewardCurve
+from lightning_fdfo.callbacks import BeforeAfter, Curves
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.evaluation.image_statistics import STATISTICS
 from lightning_fdfo.flows import StableDiffusion3
@@ -179,13 +179,13 @@ def test_before_the_first_rollout_a_scaled_mixture_has_terms_and_no_total(toy_mo
             seen.append(set(outputs["scores"]))
 
     rewards = {"brightness": RewardTerm(brightness, 1.0, "std")}
-    curve = RewardCurve()
+    curve = Curves()
     fit(
         toy_module(rewards=rewards), 2, val=str(prompts), callbacks=[Watch(), curve, BeforeAfter()],
         num_sanity_val_steps=-1,
     )  # fmt: skip
     assert seen == [{"brightness"}, {"brightness", "reward"}, {"brightness", "reward"}]
-    assert [epoch for epoch, _ in curve.validations] == [1, 2]
+    assert [epoch for epoch, _ in curve.history["val/reward"]] == [1, 2]
 
 
 def test_a_checkpoint_holds_what_trains_and_is_strict(toy_module, fit, tmp_path):

@@ -28,7 +28,8 @@ def rollout(scores, rows=slice(None)):
     trajectories = Trajectories(latents[rows], torch.zeros(8, 1, 1, 2, 2)[rows])
     scores = {name: values[rows] for name, values in scores.items()}
     statistics = {"brightness": torch.arange(8.0)[rows]}
-    return Rollout(range(4), torch.tensor([1.0, 0.0]), trajectories, Conditioning({}), scores, statistics, seconds=2.0)
+    sigmas = torch.tensor([1.0, 0.0])
+    return Rollout(range(4), "abcd", sigmas, trajectories, Conditioning({}), scores, statistics, seconds=2.0)
 
 
 def measure(scores, mix):

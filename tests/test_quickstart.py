@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 
-from lightning_fdfo.callbacks.image_grid import image_grid
+from lightning_fdfo.callbacks.pictures import image_grid
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_fdfo.callbacks import EMA, RewardCurve
+from lightning_fdfo.callbacks import EMA, Curves
 
 EPOCHS, SETTLED = 300, 50
 
@@ -50,7 +50,7 @@ def test_memory_does_not_grow(toy_module, fit, prompts_file, tmp_path):
     callbacks = [
         ModelCheckpoint(tmp_path / "checkpoints", every_n_epochs=10, save_on_train_epoch_end=True, save_last=True),
         EMA(),
-        RewardCurve(),
+        Curves(),
         weigh,
     ]
     fit(

@@ -1,10 +1,22 @@
 """Callbacks: what watches a run, and writes into its folder."""
 
 from lightning_fdfo.callbacks.before_after import BeforeAfter
+from lightning_fdfo.callbacks.curves import Curves
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.lora_export import LoRAExport
-from lightning_fdfo.callbacks.reward_curve import RewardCurve
+from lightning_fdfo.callbacks.pair_gallery import PairGallery
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
+from lightning_fdfo.callbacks.sample_strip import SampleStrip
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue
 
-__all__ = ["EMA", "Band", "BeforeAfter", "LoRAExport", "RewardCurve", "RewardHackingMonitor", "SLURMRequeue"]
+__all__ = [
+    "EMA",
+    "Band",
+    "BeforeAfter",
+    "Curves",
+    "LoRAExport",
+    "PairGallery",
+    "RewardHackingMonitor",
+    "SLURMRequeue",
+    "SampleStrip",
+]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_fdfo.callbacks.image_grid import image_grid
+from lightning_fdfo.callbacks.pictures import image_grid
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 

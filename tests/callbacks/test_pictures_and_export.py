@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from lightning_fdfo.callbacks import BeforeAfter, LoRAExport, RewardCurve
-from lightning_fdfo.callbacks.image_grid import image_grid
+from lightning_fdfo.callbacks import BeforeAfter, Curves, LoRAExport
+from lightning_fdfo.callbacks.pictures import image_grid
 from lightning_fdfo.errors import ConfigurationError
 
 
@@ -20,7 +20,7 @@ def test_a_grid_shows_each_image_in_its_place():
 def test_a_run_leaves_pictures_curve_and_table(toy_module, fit, tmp_path, capsys):
     prompts = tmp_path / "val.txt"
     prompts.write_text("x\ny\nz\n")
-    callbacks = [BeforeAfter(num_images=2, columns=2, zoom=1), RewardCurve()]
+    callbacks = [BeforeAfter(num_images=2, columns=2, zoom=1), Curves()]
     fit(toy_module(), 3, val=str(prompts), callbacks=callbacks, num_sanity_val_steps=-1)
     summary = json.loads((tmp_path / "before_after.json").read_text())
     assert summary["after_epoch"] == 3
@@ -32,8 +32,8 @@ def test_a_run_leaves_pictures_curve_and_table(toy_module, fit, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "after epoch 3" in printed
     assert f"{summary['after']['reward']:.4f}" in printed
-    assert len(callbacks[1].rollouts) == 3
-    assert [epoch for epoch, _ in callbacks[1].validations] == [0, 1, 2, 3]
+    assert len(callbacks[1].history["reward/mean"]) == 3
+    assert [epoch for epoch, _ in callbacks[1].history["val/reward"]] == [0, 1, 2, 3]
 
 
 def test_a_resumed_run_still_compares_with_the_base_and_draws_the_whole_curve(toy_module, fit, tmp_path):
@@ -42,15 +42,15 @@ def test_a_resumed_run_still_compares_with_the_base_and_draws_the_whole_curve(to
     seen = []
     for epochs, ckpt_path in ((2, None), (4, "last")):
         saved = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True)
-        callbacks = [saved, BeforeAfter(), RewardCurve()]
+        callbacks = [saved, BeforeAfter(), Curves()]
         options = {"callbacks": callbacks, "enable_checkpointing": True, "num_sanity_val_steps": -1}
         fit(toy_module(), epochs, ckpt_path, val=str(prompts), **options)
         seen.append(callbacks)
     assert seen[1][1].before == seen[0][1].before
     assert seen[1][1].after_epoch == 4
-    assert [epoch for epoch, _ in seen[1][2].rollouts] == [1, 2, 3, 4]
-    assert [epoch for epoch, _ in seen[1][2].validations] == [0, 1, 2, 3, 4]
-    assert seen[1][2].rollouts[:2] == seen[0][2].rollouts
+    assert [epoch for epoch, _ in seen[1][2].history["reward/mean"]] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in seen[1][2].history["val/reward"]] == [0, 1, 2, 3, 4]
+    assert seen[1][2].history["reward/mean"][:2] == seen[0][2].history["reward/mean"]
 
 
 def test_without_a_sanity_check_there_is_no_before(toy_module, fit, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_it_warns_and_goes_on_also_after_a_resume(greedy, fit, numbers, tmp_path
     with pytest.warns(UserWarning, match="epoch [1-5]: "):
         trainer = train(fit, greedy(), monitor(), tmp_path, ckpt_path="last")
     assert trainer.current_epoch == 6
-    assert len(told) == 1
+    assert sum("image/brightness" in str(warning.message) for warning in told) == 1
     record = json.loads((tmp_path / "reward_hacking.json").read_text())
     assert [event["epoch"] for event in record["events"]] == [0, 1, 2, 3, 4, 5]
     assert {event["start"] for event in record["events"]} == {numbers[0]["image/brightness"]}

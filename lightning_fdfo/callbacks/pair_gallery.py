@@ -1,0 +1,145 @@
+"""PairGallery: pairs as the rewards saw them, side by side, the winner framed."""
+
+from __future__ import annotations
+
+import textwrap
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lightning_fdfo.callbacks.pictures import log_image, pixels, save_image
+from lightning_fdfo.callbacks.run_folder import run_folder
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.rollout import Rollout
+
+WIDTH = 320
+"""Pixels that a pair is enlarged to at least, so that its caption can be read."""
+FRAME = 4
+MARGIN = 12
+FONT = 13
+PAPER, INK, WINNER = "white", "#222222", "#1a9850"
+
+
+class PairGallery(Callback):
+    """Draws some of an epoch's pairs to `pairs/epoch=000.png` in the run's folder, and to loggers that take images.
+
+    Both branches stand side by side; the one that the mixture prefers is framed. The caption has the prompt, and what
+    each term adds to the difference of the totals, with its share of all that pulls, in percent:
+
+        share_t = |difference_t| / sum_u |difference_u|
+
+    The pairs are those of the first device, taken evenly in the order of how much they differ: the first pulls most,
+    the last least.
+
+    Args:
+        every_n_epochs: >= 1.
+        num_pairs: drawn in a gallery, at least 1.
+        columns: pairs a row.
+
+    Raises:
+        ConfigurationError: a number below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_pairs: int = 12, columns: int = 3) -> None:
+        if min(every_n_epochs, num_pairs, columns) < 1:
+            raise ConfigurationError(
+                f"PairGallery: expected numbers of at least 1, got every_n_epochs={every_n_epochs}, "
+                f"num_pairs={num_pairs}, columns={columns}"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.num_pairs = num_pairs
+        self.columns = columns
+
+    @torch.no_grad()
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+        """Draws, on the first process."""
+        if trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero or not len(rollout.pairs):
+            return
+        assert isinstance(pl_module, FDFOModule)
+        parts = {name: part[::2] for name, part in pl_module.rewards.differences(rollout.scores).items()}
+        chosen = spread(torch.stack(list(parts.values())).sum(dim=0).abs(), self.num_pairs)
+        with trainer.precision_plugin.forward_context():
+            ends = rollout.trajectories.latents[:, -1]
+            rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
+            images = pl_module.flow.decode(ends[rows].to(pl_module.device)).float().cpu()
+        tiles = [
+            pair_tile(
+                images[2 * place : 2 * place + 2], rollout.prompts[pair], {n: p[pair].item() for n, p in parts.items()}
+            )
+            for place, pair in enumerate(chosen.tolist())
+        ]
+        gallery = arrange(tiles, self.columns)
+        folder = run_folder(trainer) / "pairs"
+        save_image(gallery, folder / f"epoch={trainer.current_epoch:03d}.png")
+        log_image(trainer, "pairs", gallery)
+
+
+def spread(values: Tensor, count: int) -> Tensor:
+    """Rows of `count` values (or all), evenly in their order from the largest to the smallest.
+
+    Example:
+        >>> spread(torch.tensor([0.0, 3.0, 1.0, 4.0, 2.0]), 3)
+        tensor([3, 4, 0])
+    """
+    order = values.argsort(descending=True, stable=True)
+    return order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
+
+
+def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Image:
+    """A pair with its caption.
+
+    Args:
+        images: [2, 3, H, W] in [0, 1].
+        prompt: of both.
+        parts: name of a term -> what it adds to the half difference of the first branch.
+    """
+    zoom = max(1, -(-WIDTH // (2 * images.shape[-1])))
+    left, right = (
+        Image.fromarray(pixel).resize((images.shape[-1] * zoom, images.shape[-2] * zoom), Image.Resampling.NEAREST)
+        for pixel in pixels(images)
+    )
+    font = ImageFont.load_default(FONT)
+    width, height = 2 * left.width + 4 * FRAME, left.height + 2 * FRAME
+    lines = textwrap.wrap(prompt, max(12, width // 7), max_lines=2, placeholder=" …") + caption(parts)
+    tile = Image.new("RGB", (width, height + len(lines) * (FONT + 4) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(tile)
+    total = sum(parts.values())
+    for place, image in enumerate((left, right)):
+        corner = place * width // 2
+        if total and (total > 0) == (place == 0):
+            draw.rectangle((corner, 0, corner + image.width + 2 * FRAME - 1, height - 1), fill=WINNER)
+        tile.paste(image, (corner + FRAME, FRAME))
+    for row, line in enumerate(lines):
+        draw.text((FRAME, height + 2 + row * (FONT + 4)), line, fill=INK, font=font)
+    return tile
+
+
+def caption(parts: dict[str, float]) -> list[str]:
+    """A line a term: what it adds, and its share.
+
+    Example:
+        >>> caption({"OCR": 0.3, "small": -0.1, "watched": 0.0})
+        ['OCR  +0.3  75 %', 'small  -0.1  25 %']
+    """
+    pulls = sum(abs(part) for part in parts.values())
+    said = [f"{name}  {part:+.3g}  {abs(part) / pulls:.0%}".replace("%", " %") for name, part in parts.items() if part]
+    return said or ["a tie"]
+
+
+def arrange(tiles: list[Image.Image], columns: int) -> Image.Image:
+    """Tiles in rows, each row as high as its highest."""
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    width = max(sum(tile.width + MARGIN for tile in row) for row in rows) + MARGIN
+    heights = [max(tile.height for tile in row) + MARGIN for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights) + MARGIN), PAPER)
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = MARGIN
+        for tile in row:
+            sheet.paste(tile, (left, top))
+            left += tile.width + MARGIN
+        top += height
+    return sheet

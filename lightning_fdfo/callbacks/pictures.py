@@ -1,0 +1,73 @@
+"""Pictures: images side by side, in a file, in a logger."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import Trainer
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+
+def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Images side by side, in rows.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        columns: images a row.
+        zoom: pixels a pixel, >= 1.
+        gap: pixels of grey between images.
+
+    Example:
+        >>> import torch
+        >>> image_grid(torch.ones(3, 3, 8, 16), columns=2).size
+        (38, 22)
+    """
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = Image.new(
+        "RGB",
+        ((columns * (width * zoom + gap) + gap), rows * (height * zoom + gap) + gap),
+        (128, 128, 128),
+    )
+    for index, pixel in enumerate(pixels(images)):
+        row, column = divmod(index, columns)
+        tile = Image.fromarray(pixel).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + column * (width * zoom + gap), gap + row * (height * zoom + gap)))
+    return sheet
+
+
+def pixels(images: Tensor) -> NDArray[np.uint8]:
+    """[N, 3, H, W] in [0, 1] as [N, H, W, 3], 0 to 255."""
+    bytes_: NDArray[np.uint8] = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return bytes_
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes a PNG under a temporary name and renames it: it is whole, or as it was; makes its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="png")
+    partial.replace(path)
+
+
+def render(figure: Figure) -> Image.Image:
+    """A figure as a picture."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120, format="png")
+    return Image.open(file).convert("RGB")
+
+
+def log_image(trainer: Trainer, key: str, image: Image.Image) -> None:
+    """Gives a picture to each logger that takes images: those with `log_image` (W&B, MLflow, …), and TensorBoard."""
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=key, images=[image], step=step)
+        elif experiment is not None and hasattr(experiment, "add_image"):
+            experiment.add_image(key, np.asarray(image), step, dataformats="HWC")

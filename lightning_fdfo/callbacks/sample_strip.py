@@ -1,0 +1,98 @@
+"""SampleStrip: the fixed validation prompts at each validation, and side by side over epochs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lightning_fdfo.callbacks.pictures import image_grid, log_image, save_image
+from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.errors import ConfigurationError
+
+GAP = 2
+LABEL = 18
+
+
+class SampleStrip(Callback):
+    """Writes the first images of each validation, and all of them as one strip: a column an epoch, a row a prompt.
+
+    `samples/epoch=000.png` (before training), … in the run's folder are grids; loggers that take images get them too.
+    `samples.png` has the first images of each grid, as a strip; a run that goes on from a checkpoint extends it.
+
+    Args:
+        num_images: in a grid, at least 1.
+        columns: of a grid, at least 1.
+        rows: prompts of the strip, at least 1.
+        zoom: pixels a pixel, at least 1.
+
+    Raises:
+        ConfigurationError: a number below 1.
+    """
+
+    def __init__(self, num_images: int = 24, columns: int = 6, rows: int = 6, zoom: int = 1) -> None:
+        if min(num_images, columns, rows, zoom) < 1:
+            raise ConfigurationError(
+                f"SampleStrip: expected numbers of at least 1, got num_images={num_images}, columns={columns}, "
+                f"rows={rows}, zoom={zoom}"
+            )
+        self.num_images = num_images
+        self.columns = columns
+        self.rows = rows
+        self.zoom = zoom
+        self._images: list[Tensor] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts anew."""
+        self._images = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keeps images until a grid is full."""
+        if sum(len(images) for images in self._images) < self.num_images:
+            self._images.append(outputs["images"])
+
+    @rank_zero_only
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the grid and the strip."""
+        if not judges_a_fit(trainer) or not self._images:
+            return
+        images = torch.cat(self._images)[: self.num_images]
+        epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
+        grid = image_grid(images, self.columns, self.zoom, GAP)
+        folder = run_folder(trainer) / "samples"
+        save_image(grid, folder / f"epoch={epoch:03d}.png")
+        log_image(trainer, "samples", grid)
+        size = images.shape[-1] * self.zoom, images.shape[-2] * self.zoom
+        save_image(strip(folder, size, min(self.rows, len(images)), self.columns), folder.with_suffix(".png"))
+
+
+def strip(folder: Path, size: tuple[int, int], rows: int, columns: int) -> Image.Image:
+    """The first images of all grids of a folder, a column each, below the epoch's number.
+
+    Args:
+        folder: with `epoch=000.png`, ….
+        size: width and height of an image in a grid, pixels.
+        rows: images taken of each.
+        columns: of the grids.
+    """
+    epochs = {int(found[1]): path for path in folder.glob("*.png") if (found := re.match(r"epoch=(\d+)", path.name))}
+    width, height = size
+    sheet = Image.new("RGB", (len(epochs) * (width + GAP) + GAP, rows * (height + GAP) + LABEL), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for place, epoch in enumerate(sorted(epochs)):
+        left = GAP + place * (width + GAP)
+        draw.text((left + width / 2, 2), str(epoch), fill="black", font=font, anchor="ma")
+        with Image.open(epochs[epoch]) as grid:
+            for row in range(rows):
+                corner = [GAP + (row % columns) * (width + GAP), GAP + (row // columns) * (height + GAP)]
+                tile = grid.crop((corner[0], corner[1], corner[0] + width, corner[1] + height))
+                sheet.paste(tile, (left, LABEL + row * (height + GAP)))
+    return sheet
