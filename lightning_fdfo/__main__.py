@@ -15,6 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_fdfo import reward_commands
 
         raise SystemExit(reward_commands.main(words[1:]))
+    if words[:1] == ["report"]:
+        from lightning_fdfo.report import command
+
+        raise SystemExit(command.main(words[1:]))
     if words[:1] == ["doctor"]:
         from lightning_fdfo import cli, doctor
 

@@ -48,6 +48,11 @@ class Band:
             )
 
     @property
+    def kind(self) -> str:
+        """Which of the three is given."""
+        return next(kind for kind, pair in asdict(self).items() if pair is not None)
+
+    @property
     def range(self) -> Range:
         """Lowest and highest."""
         return self.value or self.change or self.times or (None, None)
@@ -137,15 +142,10 @@ class RewardHackingMonitor(Callback):
         if not left:
             self.good = trainer.current_epoch
         for name in left:
-            low, high = self.bands[name].range
-            event = {
-                "epoch": trainer.current_epoch,
-                "number": name,
-                "value": metrics[name],
-                "lowest": low,
-                "highest": high,
-            }
-            self.events.append(event | {"start": self.start[name], "last_good_checkpoint": self.good - 1})
+            band = self.bands[name]
+            event = {"epoch": trainer.current_epoch, "number": name, "value": metrics[name], "start": self.start[name]}
+            event |= {"kind": band.kind, "lowest": band.range[0], "highest": band.range[1]}
+            self.events.append(event | {"last_good_checkpoint": self.good - 1})
         if left:
             rank_zero_warn(self._told(trainer, left, metrics))
             trainer.should_stop = trainer.should_stop or self.action == "stop"
@@ -158,9 +158,8 @@ class RewardHackingMonitor(Callback):
         for name in left:
             band = self.bands[name]
             low, high = band.range
-            kind = next(kind for kind, pair in asdict(band).items() if pair is not None)
             said.append(
-                f"{name} is {metrics[name]:.4g} ({self.start[name]:.4g} in epoch 0), {kind} "
+                f"{name} is {metrics[name]:.4g} ({self.start[name]:.4g} in epoch 0), {band.kind} "
                 f"{band.measure(metrics[name], self.start[name]):.3g}, band {low} to {high}"
             )
         stops = "the run stops" if self.action == "stop" else "look at the pictures"
