@@ -26,6 +26,7 @@ from lightning_fdfo.callbacks import is_inside, run_folder
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
 
 MAX_NODES = 100_000
@@ -142,6 +143,12 @@ class FDFOCLI(LightningCLI):
         """The module's seed is `seed_everything`; a flow without a class is the one that `pretrained` says."""
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; one value of a mixture's term may be changed by itself, see mixture_arguments.py."""
+        given = sys.argv[1:] if args is None else args
+        whole = with_changes(parser, given)
+        super().parse_arguments(parser, args if whole == given else whole)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""

@@ -21,6 +21,7 @@ from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward_mix import RewardMix
+from lightning_fdfo.routing import routes
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
 from lightning_fdfo.schedules import churn_schedule
 
@@ -70,7 +71,9 @@ class Rollout(NamedTuple):
     conditioning: Conditioning
     """P rows"""
     scores: dict[str, Tensor]
-    """name of a reward -> [2P], unweighted"""
+    """name of a reward -> [2P], unweighted; NaN where it was not to score, or failed"""
+    routes: dict[str, Tensor]
+    """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
     seconds: float
     """time that it took"""
 
@@ -86,25 +89,8 @@ class Rollout(NamedTuple):
             ),
             Conditioning.cat([part.conditioning for part in parts]),
             {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+            {name: torch.cat([part.routes[name] for part in parts]) for name in parts[0].routes},
             sum(part.seconds for part in parts),
-        )
-
-    @property
-    def whole(self) -> Tensor:
-        """[P], bool: pairs of which all rewards have scored both branches."""
-        scored = torch.stack(list(self.scores.values())).isfinite().all(dim=0)
-        return scored.view(-1, 2).all(dim=1)
-
-    def select(self, chosen: Tensor) -> Rollout:
-        """Some of the pairs; `chosen` is [P], bool."""
-        rows = chosen.repeat_interleave(2)
-        return Rollout(
-            [pair for pair, taken in zip(self.pairs, chosen.tolist(), strict=True) if taken],
-            self.sigmas,
-            Trajectories(self.trajectories.latents[rows], self.trajectories.velocities[rows]),
-            self.conditioning[chosen.nonzero().flatten()],
-            {name: score[rows] for name, score in self.scores.items()},
-            self.seconds,
         )
 
 
@@ -162,13 +148,15 @@ def roll_out(
     )
     images = flow.decode(trajectories.latents[:, -1])
     twice = [prompt for prompt in prompts for _ in range(2)]
+    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    to = routes(rewards.terms, metadata)
     try:
-        scores = rewards(images, [prompt.text for prompt in twice], [prompt.metadata for prompt in twice], drop)
+        scores = rewards(images, texts, metadata, drop, to)
     except RewardError as error:
         which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
         raise RewardError(f"{which} of epoch {epoch}: {error}") from error
     at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
-    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, time.perf_counter() - start)
+    return Rollout(pairs, sigmas, at_rest, conditioning.to("cpu"), scores, to, time.perf_counter() - start)
 
 
 @torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.flow import Conditioning
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
 
 

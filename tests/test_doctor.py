@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning_fdfo import LoRA, PromptDataModule, Reward, Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.doctor import Examination, before_loading
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
 

@@ -5,8 +5,9 @@ import torch
 
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.judgement import gather, judge, own_rows
 from lightning_fdfo.monitoring import rollout_metrics
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.rollout import Rollout
 from lightning_fdfo.sampling import Trajectories
 
@@ -22,17 +23,22 @@ class Cost(Reward):
         raise NotImplementedError
 
 
-def rollout(scores, rows=slice(None)):
+def rollout(scores, pairs=range(4), routes=None):
+    rows = slice(2 * pairs.start, 2 * pairs.stop)
     latents = torch.zeros(8, 2, 1, 2, 2)
     latents[::2, -1] = 1.0  # half differences of 1/2 everywhere
     trajectories = Trajectories(latents[rows], torch.zeros(8, 1, 1, 2, 2)[rows])
-    scores = {name: values[rows] for name, values in scores.items()}
-    return Rollout(range(4), torch.tensor([1.0, 0.0]), trajectories, Conditioning({}), scores, seconds=2.0)
+    routes = {name: torch.ones(8) for name in scores} | (routes or {})
+    scores, routes = ({name: values[rows] for name, values in columns.items()} for columns in (scores, routes))
+    return Rollout(pairs, torch.tensor([1.0, 0.0]), trajectories, Conditioning({}), scores, routes, seconds=2.0)
 
 
-def measure(scores, mix):
-    mix.update_scales(0, scores, lambda sums: sums)
-    return rollout_metrics(rollout(scores), mix, lambda sums: sums)
+def judged(scores, mix, routes=None, epoch=0):
+    return judge(gather(rollout(scores, routes=routes), 4, lambda sums: sums), mix, epoch)
+
+
+def measure(scores, mix, routes=None, epoch=0):
+    return rollout_metrics(judged(scores, mix, routes, epoch), mix, epoch)
 
 
 def nothing(images, prompts, metadata):
@@ -54,7 +60,6 @@ def test_numbers_of_each_term_and_of_the_total():
     assert metrics["reward/difference"] == pytest.approx((1 + 5 + 0.3 + 2) / 4)
     assert metrics["reward/ties"] == 0
     assert metrics["rollout/pair_distance"] == pytest.approx(0.5)
-    assert metrics["rollout/images_per_second"] == 4.0
 
 
 def test_shares_say_who_decided_and_sum_to_one():
@@ -84,11 +89,13 @@ def test_what_has_no_pairs_is_left_out():
 
 
 def test_two_devices_give_the_numbers_of_one():
+    """Each adds its rows to zeros, and the sum over devices is what one has: to the bit."""
     scores = {"a": A, "b": B}
-    mix = RewardMix({"a": RewardTerm(nothing, 2.0), "b": RewardTerm(nothing, 1.0, "std")})
-    whole = measure(scores, mix)
-    parts = []
-    for rows in (slice(0, 2), slice(2, 8)):
-        rollout_metrics(rollout(scores, rows), mix, lambda sums: (parts.append(sums), sums)[1])
-    summed = rollout_metrics(rollout(scores, slice(0, 2)), mix, lambda sums: parts[0] + parts[1])
-    assert summed == pytest.approx(whole)
+    own = []
+    for pairs in (range(0, 1), range(1, 4)):
+        gather(rollout(scores, pairs), 4, lambda sums: (own.append(sums), sums)[1])
+    summed = gather(rollout(scores, range(0, 1)), 4, lambda sums: own[0] + own[1])
+    alone = gather(rollout(scores), 4, lambda sums: sums)
+    for ours, theirs in zip((*summed.scores.values(), summed.distance), (A, B, alone.distance), strict=True):
+        assert torch.equal(ours, theirs)
+    assert own_rows(range(1, 4)).tolist() == list(range(2, 8))

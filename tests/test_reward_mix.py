@@ -8,7 +8,7 @@ import torch
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.running_std import RunningStd
 
 
@@ -43,11 +43,6 @@ HERE = f"{__name__}.Constant"
 CPU = torch.device("cpu")
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = (["p"] * 6, [{}] * 6)
-
-
-def once(values):
-    """The sum over one device."""
-    return values
 
 
 # Weights
@@ -105,7 +100,7 @@ def test_setup_and_check_reach_each_reward():
         ({"x": {"reward": HERE, "scale": -2}}, "got scale -2"),
         ({"x": {"reward": HERE, "scale": None}}, "got scale None"),
         ({"x": {"reward": HERE, "scale": [1]}}, "got scale"),
-        ({"x": {"reward": HERE, "device": "gpu7"}}, "with a device like cpu or cuda:1, got 'gpu7'"),
+        ({"x": {"reward": HERE, "device": "gpu7"}}, "expected a device like cpu or cuda:1, got 'gpu7'"),
         ({"x": {"reward": {"class": HERE}}}, "got reward {'class'"),
         ({"x": {"reward": 7}}, "got reward 7"),
         ({"Nothing": 1.0}, "unknown reward 'Nothing'"),
@@ -119,26 +114,24 @@ def test_mixtures_that_make_no_sense_are_refused(terms, message):
 # Scales
 
 
-def test_std_is_the_root_mean_square_of_half_differences_over_epochs_and_devices():
-    """Two devices with 3 pairs each, two epochs; the reference is one concatenation."""
-    epochs = [[torch.randn(6, generator=torch.Generator().manual_seed(10 * e + d)) for d in range(2)] for e in range(2)]
-    running = [RunningStd(), RunningStd()]
-    for epoch, per_device in enumerate(epochs):
-        sums = [torch.tensor([6.0, half_differences(v).double().pow(2).sum()], dtype=torch.float64) for v in per_device]
-        for device in range(2):
-            running[device].update(epoch, half_differences(per_device[device]), lambda own, s=sums: s[0] + s[1])
-    everything = half_differences(torch.cat([values for epoch in epochs for values in epoch])).double()
-    assert running[0].std == running[1].std == pytest.approx(everything.std(correction=0).item(), rel=1e-6)
+def test_std_is_the_root_mean_square_of_half_differences_over_epochs():
+    """The reference is one concatenation."""
+    epochs = [torch.randn(6, generator=torch.Generator().manual_seed(epoch)) for epoch in range(3)]
+    running = RunningStd()
+    for epoch, values in enumerate(epochs):
+        running.update(epoch, half_differences(values))
+    everything = half_differences(torch.cat(epochs)).double()
+    assert running.std == pytest.approx(everything.std(correction=0).item(), rel=1e-6)
 
 
 def test_an_epoch_that_is_rolled_out_again_counts_once():
     first, second, changed = (torch.tensor([value, -value]) for value in (1.0, 3.0, 5.0))
     running = RunningStd()
-    running.update(0, first, once)
-    running.update(1, second, once)
+    running.update(0, first)
+    running.update(1, second)
     copy = RunningStd()
     copy.load_state_dict(running.state_dict())
-    copy.update(1, changed, once)
+    copy.update(1, changed)
     assert copy.std == pytest.approx((0.5 * (1 + 25)) ** 0.5)
 
 
@@ -155,7 +148,7 @@ def test_scaled_terms_have_differences_of_one_deviation():
         assert not mix.scales_known
         with pytest.raises(ValueError, match="the scale of reward 'b' is not known yet"):
             mix.total(scores)
-        mix.update_scales(0, scores, once)
+        mix.update_scales(0, scores)
         assert mix.scales_known
         differences.append(mix.differences(scores))
         total = half_differences(mix.total(scores))
@@ -167,13 +160,13 @@ def test_scaled_terms_have_differences_of_one_deviation():
 def test_a_reward_of_ties_has_no_say_and_divides_by_nothing():
     mix = RewardMix({"flat": RewardTerm(Constant(), 1.0, "std")})
     scores = mix(IMAGES, *ROWS)
-    mix.update_scales(0, scores, once)
+    mix.update_scales(0, scores)
     assert torch.equal(mix.differences(scores)["flat"], torch.zeros(6))
 
 
 def test_scales_are_kept_and_new_terms_start_their_own():
     mix, other = (RewardMix({name: RewardTerm(brightness, 1.0, "std") for name in names}) for names in ("ab", "bc"))
-    mix.update_scales(0, mix(IMAGES, *ROWS), once)
+    mix.update_scales(0, mix(IMAGES, *ROWS))
     other.load_state_dict(mix.state_dict())
     assert other.running["b"].std == mix.running["b"].std
     assert other.running["c"].std is None
