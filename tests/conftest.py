@@ -117,9 +117,9 @@ def fit(tmp_path: Path, prompts_file: Path) -> Callable[..., Trainer]:
             "default_root_dir": tmp_path,
             "plugins": [AtomicCheckpointIO()],
         }
-        val = options.pop("val", None)
+        train, val = options.pop("train", str(prompts_file)), options.pop("val", None)
         trainer = Trainer(max_epochs=epochs, **(settings | options))
-        trainer.fit(module, PromptDataModule(str(prompts_file), val), ckpt_path=ckpt_path)
+        trainer.fit(module, PromptDataModule(train, val), ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -1,14 +1,16 @@
 """The mixture: weights, scales, devices, and what a failure looks like."""
 
+import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
-from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.reward_term import Gate, RewardTerm
 from lightning_fdfo.running_std import RunningStd
 
 
@@ -170,6 +172,104 @@ def test_scales_are_kept_and_new_terms_start_their_own():
     other.load_state_dict(mix.state_dict())
     assert other.running["b"].std == mix.running["b"].std
     assert other.running["c"].std is None
+
+
+# Clip, schedule, route and gate
+
+SCORES = {
+    "a": torch.tensor([3.0, 1.0, 0.0, 4.0, 5.0, 5.0, 2.0, 0.0]),  # half differences of rows 2i: 1, -2, 0, 1
+    "b": torch.tensor([10.0, 30.0, 0.0, 20.0, 7.0, 1.0, 4.0, 4.0]),  # -10, -10, 3, 0
+}
+
+
+def first(parts):
+    """Rows 2i."""
+    return {name: part[::2].tolist() for name, part in parts.items()}
+
+
+def test_clip_bounds_what_is_scaled_and_before_it_is_weighed():
+    mix = RewardMix({"a": RewardTerm(brightness, -3.0, clip=1.5), "b": RewardTerm(brightness, 0.5, 4.0, clip=2)})
+    assert first(mix.differences(SCORES)) == {"a": [-3, 4.5, 0, -3], "b": [-1, -1, 0.375, 0]}
+    assert torch.equal(mix.total(SCORES), -3 * SCORES["a"] + 0.5 / 4 * SCORES["b"])  # of images: it is not clipped
+
+
+def test_a_clip_in_deviations_leaves_the_deviation_as_it_is():
+    values = torch.tensor([1.0, -1.0, 1.0, -1.0, 100.0, -100.0])
+    mix = RewardMix({"a": RewardTerm(brightness, 2.0, "std", clip=1.0)})
+    mix.update_scales(0, {"a": values})
+    std = np.sqrt((1 + 1 + 100**2) / 3)
+    assert mix.running["a"].std == pytest.approx(std)
+    expected = 2 * np.clip(np.array([1, 1, 100]) / std, -1, 1)
+    assert first(mix.differences({"a": values}))["a"] == pytest.approx(list(expected))
+
+
+def test_weights_are_those_of_the_epoch():
+    mix = RewardMix({"a": RewardTerm(brightness, {0: 1, 10: 3}), "b": RewardTerm(brightness, {5: 0, 6: 1}, "std")})
+    mix.update_scales(0, SCORES)
+    assert first(mix.differences(SCORES, epoch=5)) == {"a": [2, -4, 0, 2], "b": [0, 0, 0, 0]}
+    torch.testing.assert_close(mix.total(SCORES, epoch=5), 2 * SCORES["a"])
+    assert mix.factor("b", 6) == pytest.approx(1 / np.sqrt((100 + 100 + 9) / 4))
+
+
+def test_a_route_multiplies_and_a_gate_asks_both_branches():
+    gated = RewardTerm(brightness, 2.0, gate=Gate("b", above=3.5))
+    mix = RewardMix({"a": gated, "b": RewardTerm(brightness, 0)})
+    assert mix.passes("a", SCORES)[::2].tolist() == [True, False, False, True]
+    routes = {"a": torch.tensor([0.5, 0.5, 1, 1, 1, 1, torch.nan, torch.nan]), "b": torch.ones(8)}
+    assert first(mix.differences(SCORES, routes))["a"] == [0.5 * 2 * 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "passes"),
+    [
+        (Gate("b", above=4.0), [True, False, False, False]),  # 4 is not above 4
+        (Gate("b", below=10.0), [False, False, True, True]),
+        (Gate("b", above=0.5, below=8.0), [False, False, True, True]),
+    ],
+)
+def test_gates_are_open_between_their_bounds(gate, passes):
+    mix = RewardMix({"a": RewardTerm(brightness, gate=gate), "b": RewardTerm(brightness)})
+    assert mix.passes("a", SCORES)[::2].tolist() == passes
+    assert mix.passes("b", SCORES).all()
+
+
+OPTIONS = list(
+    itertools.product(
+        (1.0, -2.0, {0: 1.0, 4: -3.0}),
+        ("none", "std", 0.1),
+        (None, 0.5),
+        (None, Gate("b", above=0.3), Gate("b", below=0.7)),
+    )
+)
+
+
+@pytest.mark.parametrize(("weight", "scale", "clip", "gate"), OPTIONS)
+def test_the_branches_of_a_pair_are_opposite_whatever_the_options(weight, scale, clip, gate):
+    """And the total is what plain numpy, pair by pair, makes of the formula."""
+    random = np.random.default_rng(0)
+    scores = {name: torch.from_numpy(random.random(40)).float() for name in "ab"}
+    pairs = random.choice([0.0, 0.5, 2.0, np.nan], 20)
+    routes = {"a": torch.from_numpy(np.repeat(pairs, 2)).float(), "b": torch.ones(40)}
+    scores["a"][routes["a"].isnan()] = torch.nan
+    mix = RewardMix({"a": RewardTerm(Cost(), weight, scale, clip=clip, gate=gate), "b": RewardTerm(brightness, 0.1)})
+    mix.update_scales(3, scores)
+    parts = mix.differences(scores, routes, epoch=3)
+    total = torch.stack(list(parts.values())).sum(dim=0)
+    assert torch.equal(total[::2], -total[1::2])
+    assert total.isfinite().all()
+    assert total[::2].any()
+
+    one, two = (scores["a"].double().numpy()[branch::2] for branch in (0, 1))
+    half = (one - two) / 2
+    divisor = {"none": 1.0, "std": np.sqrt(np.nanmean(half**2)), 0.1: 0.1}[scale]
+    for pair in range(20):
+        bounded = -half[pair] / divisor  # a cost
+        if clip is not None:
+            bounded = min(max(bounded, -clip), clip)
+        passing = [gate is None or gate.above < scores["b"][2 * pair + branch] < gate.below for branch in (0, 1)]
+        weighed = (-2.0 if isinstance(weight, dict) else weight) * pairs[pair] * bounded
+        expected = weighed if all(passing) and not np.isnan(pairs[pair]) else 0.0
+        assert parts["a"][2 * pair].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 # Devices
