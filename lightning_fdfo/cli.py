@@ -148,7 +148,10 @@ class FDFOCLI(LightningCLI):
         """Parses; one value of a mixture's term may be changed by itself, see mixture_arguments.py."""
         given = sys.argv[1:] if args is None else args
         whole = with_changes(parser, given)
-        super().parse_arguments(parser, args if whole == given else whole)
+        if whole == given:
+            super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_args(whole)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""

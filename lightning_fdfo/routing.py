@@ -6,6 +6,7 @@ r"""Routing: which rewards of a mixture a prompt is for.
 A prompt's `rewards` name the terms that score its images; each number multiplies the term's weight, and 0 scores and
 logs without training on it, as in the mixture. What is not named is not scored, and asks nothing of the prompt. A
 prompt without `rewards` goes to all terms, with 1. Validation's metrics are named in the same way.
+`lightning-fdfo rewards score` asks all that it is given.
 """
 
 from __future__ import annotations

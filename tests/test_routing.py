@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_fdfo import PromptDataModule, Reward, RewardMix, Sampling
 from lightning_fdfo.errors import ConfigurationError, RewardError
@@ -179,3 +180,16 @@ def test_texts_in_a_data_module_keep_their_routes(tmp_path):
     data = PromptDataModule(write(tmp_path / "train.jsonl", VAL))
     data.setup("fit")
     assert [prompt.metadata["rewards"] for prompt in data.train_prompts] == [row["rewards"] for row in VAL]
+
+
+def test_validation_weighs_by_the_epoch(toy_module, fit, tmp_path):
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            seen.append([trainer.callback_metrics[f"val/{name}"].item() for name in ("reward", "light")])
+
+    module = toy_module(rewards={"light": RewardTerm(brightness, {0: 1.0, 2: 3.0})})
+    val = write(tmp_path / "val.jsonl", [{"prompt": "one"}, {"prompt": "two", "rewards": {"light": 1}}])
+    fit(module, 3, val=val, callbacks=[Watch()], num_sanity_val_steps=0)
+    assert [total / light for total, light in seen] == pytest.approx([1.0, 2.0, 3.0])
