@@ -28,6 +28,7 @@ from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
 
 MAX_NODES = 100_000
@@ -172,6 +173,15 @@ class FDFOCLI(LightningCLI):
         if (folder / RECORD).exists():
             rank_zero_info(f"SLURM has queued this job anew: it goes on with the run in {folder}")
             config.ckpt_path = "last"
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; one value of a mixture's term may be changed by itself, see mixture_arguments.py."""
+        given = sys.argv[1:] if args is None else args
+        whole = with_changes(parser, given)
+        if whole == given:
+            super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_args(whole)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""

@@ -252,6 +252,9 @@ def _churn(module: FDFOModule, rollout: Rollout) -> Finding:
 def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """A reward that raises ends the examination with its own message."""
     for name, scores in rollout.scores.items():
+        if bool(rollout.routes[name].isnan().all()):
+            yield Finding(True, f"{name}: not tried, the first prompt's rewards do not name it")
+            continue
         low, high = as_reward(module.rewards.terms[name].reward).range
         given = ", ".join(f"{score:.4g}" for score in scores.tolist())
         slack = 1e-4 * (1 + scores.abs())

@@ -27,6 +27,7 @@ from lightning_fdfo.checkpoint import check_settings, check_weights
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.judgement import Judgement, gather, judge, own_rows
 from lightning_fdfo.lora import LoRA, dropout_layers
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
@@ -36,6 +37,7 @@ from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
+from lightning_fdfo.routing import check_route, is_for, routes
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
@@ -138,6 +140,8 @@ class FDFOModule(LightningModule):
         self._dropouts: list[nn.Module] = []
         self._rollout_metrics: dict[str, float] = {}
         self._logged: set[str] = set()
+        self.judgement: Judgement | None = None  # of the last rollout, for callbacks
+        self._unjudged: set[str] = set()
         self._skipped = 0
         self._training_started = 0.0
         taken = {"reward"} & set(self.rewards.terms)
@@ -212,14 +216,19 @@ class FDFOModule(LightningModule):
         )
 
     def check_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
-        """Raises ConfigurationError, with file and line, if a reward or metric cannot score a prompt."""
+        """Raises ConfigurationError, with file and line, if a prompt goes to a reward that cannot score it."""
         self._texts = [*train, *val]
-        for mix, prompts in ((self.rewards, [*train, *val]), (self.metrics, val)):
-            for prompt in prompts if mix is not None else []:
+        mixes = [(self.rewards, [*train, *val])] + ([] if self.metrics is None else [(self.metrics, list(val))])
+        names = [name for mix, _ in mixes for name in mix.terms]
+        for mix, prompts in mixes:
+            for prompt in prompts:
                 try:
-                    mix.check(prompt.text, prompt.metadata)  # type: ignore[union-attr]
+                    check_route(prompt.metadata, self.rewards.terms, names)
+                    own = [name for name in mix.terms if is_for(name, prompt.metadata)]
+                    mix.check(prompt.text, prompt.metadata, own)
                 except ConfigurationError as error:
                     raise ConfigurationError(f"{prompt.source}: {error}") from error
+        self._unjudged = {name for name in names if not any(is_for(name, prompt.metadata) for prompt in val)}
 
     def configure_model(self) -> None:
         """Loads the model and makes its LoRA, or the whole transformer, trainable; a second call does nothing."""
@@ -336,25 +345,23 @@ class FDFOModule(LightningModule):
         Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
         num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
         """
-        whole = rollout.whole
-        kept = self._all_sum(whole.sum().double()).item()
+        scored = gather(rollout, self.num_pairs, self._all_sum)
+        kept = int(scored.whole.sum())
         dropped = 1 - kept / self.num_pairs
         if dropped > self.max_dropped:
             raise RewardError(
-                f"rewards failed for {self.num_pairs - kept:.0f} of {self.num_pairs} pairs of epoch "
+                f"rewards failed for {self.num_pairs - kept} of {self.num_pairs} pairs of epoch "
                 f"{self.current_epoch}, max_dropped is {self.max_dropped:.0%}; the warnings above name them"
             )
-        good = rollout if bool(whole.all()) else rollout.select(whole)
-        self.rewards.update_scales(self.current_epoch, good.scores, self._all_sum)
-        self._rollout_metrics = rollout_metrics(good, self.rewards, self._all_sum)
-        self._show(good)
+        self.judgement = judge(scored, self.rewards, self.current_epoch)
+        self._rollout_metrics = rollout_metrics(self.judgement, self.rewards, self.current_epoch)
+        self._rollout_metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
+        self._show(rollout)
         if self.on_reward_error == "drop_pair":
             self._rollout_metrics["reward/dropped"] = dropped
         self._training_started = time.perf_counter()
-        differences = torch.zeros(len(rollout.pairs) * 2)
-        total = torch.stack(list(self.rewards.differences(good.scores).values())).sum(dim=0)
-        differences[whole.repeat_interleave(2)] = total * (self.num_pairs / kept) if dropped else total
-        return differences
+        difference = self.judgement.difference[own_rows(rollout.pairs)]
+        return difference * (self.num_pairs / kept) if dropped else difference
 
     def _show(self, rollout: Rollout) -> None:
         """Calls `on_rollout_end(trainer, pl_module, rollout)` of callbacks that have it, with this device's pairs."""
@@ -385,8 +392,12 @@ class FDFOModule(LightningModule):
     def _drift(self, batch: TrajectoryPoints) -> Tensor:
         """How far the rollout's velocity has left the base model's, as a share of it: rms(v - v_base) / rms(v_base)."""
         with self.trainer.precision_plugin.forward_context():
-            base = self._base_velocity(batch).float()
-        return (velocity_divergence(batch.old_velocity, base).mean() / base.square().mean()).sqrt()
+            base = self._base_velocity(batch)
+        left, size = (
+            velocity_divergence(velocity, base).sum() for velocity in (batch.old_velocity, torch.zeros_like(base))
+        )
+        sums = self._all_sum(torch.stack([left, size]).double())
+        return (sums[0] / sums[1]).sqrt()
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch."""
@@ -478,6 +489,7 @@ class FDFOModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.trainer.global_step - 1)
             logger.save()
+        self._logged.clear()  # names come and go: a share, an agreement
 
     def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
         """Logs means over an epoch and over devices; those of training reach the loggers by `on_train_epoch_end`."""
@@ -502,7 +514,8 @@ class FDFOModule(LightningModule):
 
         Returns:
             `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], of those that count, for callbacks. The total,
-            `reward`, is left out before the first rollout if a term is divided by its deviation: nobody knows it yet.
+            `reward`, is left out before the first rollout if a term is divided by its deviation: nobody knows it yet. A
+            name that no validation prompt goes to is left out; one that a prompt does not go to is NaN there.
         """
         prompts = [row.prompt for row in batch]
         images = paint(
@@ -510,12 +523,14 @@ class FDFOModule(LightningModule):
         )
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         drop = self.on_reward_error == "drop_pair"
-        terms = self.rewards(images, texts, metadata, drop)
-        scores = ({"reward": self.rewards.total(terms)} if self.rewards.scales_known else {}) | terms
+        to = routes(self.rewards.terms, metadata)
+        terms = self.rewards(images, texts, metadata, drop, to)
+        known = self.rewards.scales_known
+        scores = ({"reward": self.rewards.total(terms, to, self.current_epoch)} if known else {}) | terms
         if self.metrics is not None:
-            scores |= self.metrics(images, texts, metadata, drop)
+            scores |= self.metrics(images, texts, metadata, drop, routes(self.metrics.terms, metadata))
         counted = sum(row.counted for row in batch)  # the others come last
-        scores = {name: value[:counted] for name, value in scores.items()}
+        scores = {name: value[:counted] for name, value in scores.items() if name not in self._unjudged}
         for name, value in scores.items():
             scored = value[value.isfinite()]
             self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import combinations
 
-import torch
 from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
 
+from lightning_fdfo.judgement import Judgement
 from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward_mix import RewardMix
-from lightning_fdfo.rollout import Rollout
 
-Key = tuple[str, ...]
+Metric = tuple[str, float]
 
 
-def rollout_metrics(rollout: Rollout, rewards: RewardMix, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Means and deviations of an epoch's rewards and pairs.
+def rollout_metrics(judgement: Judgement, rewards: RewardMix, epoch: int) -> dict[str, float]:
+    """Means and deviations of an epoch's rewards and pairs; dropped pairs are in none of them.
 
-    For the total, as `reward`, and for each term, as `reward/NAME`:
+    For the total, as `reward`, and for each term, as `reward/NAME`, over the images and pairs that it has scored (left
+    out if there are none):
 
     - `/mean`, `/std` of the scores;
-    - `/difference`: mean |half difference| of a pair;
-    - `/ties`: share of pairs with equal scores.
+    - `/difference`: mean |half difference| of a pair: of a term, in its own units;
+    - `/ties`: share of pairs with equal scores; of the total, with a difference of 0;
+    - `/gated`, for a term with a gate: share of pairs that pass it.
 
     For each term with a weight, `reward/NAME/share` of the total's differences,
 
@@ -30,66 +32,61 @@ def rollout_metrics(rollout: Rollout, rewards: RewardMix, all_sum: Callable[[Ten
 
     Shares sum to 1; a term that is mostly outvoted has a negative one. Left out if no pair differs.
 
-    For two terms, `reward/A/agrees_with/B`: share of pairs of which both prefer the same branch, among those that are a
-    tie for neither. Left out if there are none.
+    For two terms, over pairs that both have scored:
+
+    - `reward/A/agrees_with/B`: share of pairs of which both prefer the same branch, among those that are a tie for
+      neither. Left out if there are none.
+    - `reward/A/rank_correlation/B`: Spearman's, of their half differences, in [-1, 1]. Each pair is in it twice, once
+      from each branch, so that it does not matter which comes first. Left out for less than two pairs, and if all are
+      a tie for one.
 
     For each of `evaluation.image_statistics`, `image/NAME`: its mean over all images.
 
-    And `rollout/pair_distance` (rms of the half difference of the final latents), `rollout/images_per_second`.
+    And `rollout/pair_distance`: rms of the half difference of the final latents.
 
     Args:
-        rollout: this device's pairs.
-        rewards: the mixture that scored it, its scales up to date.
-        all_sum: sums a tensor over devices; the identity on one.
+        judgement: of the epoch's pairs.
+        rewards: the mixture that made it.
+        epoch: the current one.
     """
-    sums = dict(_sums(rollout, rewards))
-    over_devices = all_sum(torch.stack([value.double() for value in sums.values()])).tolist()
-    total = dict(zip(sums, over_devices, strict=True))
-    count = total["images",]
-    metrics = {
-        "rollout/pair_distance": (total["distance",] / count) ** 0.5,
-        "rollout/images_per_second": count / rollout.seconds,
-    }
-    for name, what in [key for key in total if len(key) == 2]:
-        value = total[name, what]
-        if what == "mean":
-            mean, mean_square = value / count, total[name, "square"] / count
-            metrics |= {f"{name}/mean": mean, f"{name}/std": max(mean_square - mean**2, 0.0) ** 0.5}
-        elif what == "average":
-            metrics[name] = value / count
-        elif what in ("difference", "ties"):
-            metrics[f"{name}/{what}"] = value / count
-        elif what == "share" and total["reward", "difference"]:
-            metrics[f"{name}/share"] = value / total["reward", "difference"]
-    for first, second, _ in [key for key in total if key[-1] == "decided" and total[key]]:
-        agreed = total[first, second, "agreed"] / total[first, second, "decided"]
-        metrics[f"reward/{first}/agrees_with/{second}"] = agreed
+    kept = judgement.kept
+    total, difference = rewards.total(kept.scores, kept.routes, epoch), judgement.of_kept(judgement.difference)
+    metrics = {"rollout/pair_distance": (kept.distance.sum().item() / len(kept.distance)) ** 0.5}
+    metrics |= {f"image/{name}": values.double().mean().item() for name, values in kept.statistics.items()}
+    metrics |= dict(_of_one("reward", total, difference))
+    size = difference.double().abs().sum()
+    for name, score in kept.scores.items():
+        scored = ~half_differences(score).isnan()
+        if not scored.any():
+            continue
+        metrics |= dict(_of_one(f"reward/{name}", score[scored], half_differences(score[scored])))
+        if rewards.terms[name].weight_at(epoch) and size:
+            part = judgement.of_kept(judgement.parts[name])
+            metrics[f"reward/{name}/share"] = ((difference.sign() * part).sum().double() / size).item()
+        if rewards.terms[name].gate is not None:
+            metrics[f"reward/{name}/gated"] = rewards.passes(name, kept.scores)[scored].double().mean().item()
+    for first, second in combinations(kept.scores, 2):
+        metrics |= dict(_of_two(first, second, *(rewards.preference(name, kept.scores) for name in (first, second))))
     return metrics
 
 
-def _sums(rollout: Rollout, rewards: RewardMix) -> Iterator[tuple[Key, Tensor]]:
-    """Sums over this device's images from which all of the above follows."""
-    scores = rollout.scores
-    distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
-    yield ("images",), torch.tensor(float(len(distance)))
-    yield ("distance",), distance.sum()
-    parts = rewards.differences(scores)
-    difference = torch.stack(list(parts.values())).sum(dim=0)
-    yield from _sums_of_one("reward", rewards.total(scores), difference)
-    for name, statistic in rollout.statistics.items():
-        yield (f"image/{name}", "average"), statistic.double().sum()
-    for name, score in scores.items():
-        yield from _sums_of_one(f"reward/{name}", score, half_differences(score))
-        if rewards.terms[name].weight:
-            yield (f"reward/{name}", "share"), (difference.sign() * parts[name]).sum()
-    for first, second in combinations(scores, 2):
-        votes = rewards.preference(first, scores) * rewards.preference(second, scores)
-        yield (first, second, "agreed"), (votes > 0).sum()
-        yield (first, second, "decided"), (votes != 0).sum()
+def _of_one(name: str, score: Tensor, difference: Tensor) -> Iterator[Metric]:
+    """Scores, [2P], and half differences."""
+    count = len(score)
+    mean, mean_square = score.double().sum().item() / count, score.double().pow(2).sum().item() / count
+    yield f"{name}/mean", mean
+    yield f"{name}/std", max(mean_square - mean**2, 0.0) ** 0.5
+    yield f"{name}/difference", difference.double().abs().sum().item() / count
+    yield f"{name}/ties", int((difference == 0).sum()) / count
 
 
-def _sums_of_one(name: str, score: Tensor, difference: Tensor) -> Iterator[tuple[Key, Tensor]]:
-    yield (name, "mean"), score.double().sum()
-    yield (name, "square"), score.double().pow(2).sum()
-    yield (name, "difference"), difference.double().abs().sum()
-    yield (name, "ties"), (difference == 0).sum()
+def _of_two(first: str, second: str, ours: Tensor, theirs: Tensor) -> Iterator[Metric]:
+    """Half differences, [2P], positive where a term prefers the row; NaN where it has not scored."""
+    both = ~(ours.isnan() | theirs.isnan())
+    ours, theirs = ours[both], theirs[both]
+    votes = ours.sign() * theirs.sign()
+    if votes.any():
+        yield f"reward/{first}/agrees_with/{second}", int((votes > 0).sum()) / int((votes != 0).sum())
+    if len(ours) > 2 and ours.any() and theirs.any():
+        correlation = spearman_corrcoef(ours.double(), theirs.double())
+        yield f"reward/{first}/rank_correlation/{second}", correlation.item()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward_mix import RewardMix
+from lightning_fdfo.routing import routes
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
 from lightning_fdfo.schedules import churn_schedule
 
@@ -74,7 +74,9 @@ class Rollout(NamedTuple):
     conditioning: Conditioning
     """P rows"""
     scores: dict[str, Tensor]
-    """name of a reward -> [2P], unweighted"""
+    """name of a reward -> [2P], unweighted; NaN where it was not to score, or failed"""
+    routes: dict[str, Tensor]
+    """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
     statistics: dict[str, Tensor]
     """name of an image statistic -> [2P]"""
     seconds: float
@@ -93,28 +95,9 @@ class Rollout(NamedTuple):
             ),
             Conditioning.cat([part.conditioning for part in parts]),
             {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+            {name: torch.cat([part.routes[name] for part in parts]) for name in parts[0].routes},
             {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics},
             sum(part.seconds for part in parts),
-        )
-
-    @property
-    def whole(self) -> Tensor:
-        """[P], bool: pairs of which all rewards have scored both branches."""
-        scored = torch.stack(list(self.scores.values())).isfinite().all(dim=0)
-        return scored.view(-1, 2).all(dim=1)
-
-    def select(self, chosen: Tensor) -> Rollout:
-        """Some of the pairs; `chosen` is [P], bool."""
-        rows = chosen.repeat_interleave(2)
-        return Rollout(
-            list(compress(self.pairs, chosen.tolist())),
-            list(compress(self.prompts, chosen.tolist())),
-            self.sigmas,
-            Trajectories(self.trajectories.latents[rows], self.trajectories.velocities[rows]),
-            self.conditioning[chosen.nonzero().flatten()],
-            {name: score[rows] for name, score in self.scores.items()},
-            {name: value[rows] for name, value in self.statistics.items()},
-            self.seconds,
         )
 
 
@@ -172,16 +155,24 @@ def roll_out(
     )
     images = flow.decode(trajectories.latents[:, -1])
     twice = [prompt for prompt in prompts for _ in range(2)]
+    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    to = routes(rewards.terms, metadata)
     try:
-        scores = rewards(images, [prompt.text for prompt in twice], [prompt.metadata for prompt in twice], drop)
+        scores = rewards(images, texts, metadata, drop, to)
     except RewardError as error:
         which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
         raise RewardError(f"{which} of epoch {epoch}: {error}") from error
     at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
-    statistics = {name: value.cpu() for name, value in image_statistics(images).items()}
-    texts = [prompt.text for prompt in prompts]
     return Rollout(
-        pairs, texts, sigmas, at_rest, conditioning.to("cpu"), scores, statistics, time.perf_counter() - start
+        pairs,
+        [prompt.text for prompt in prompts],
+        sigmas,
+        at_rest,
+        conditioning.to("cpu"),
+        scores,
+        to,
+        {name: value.cpu() for name, value in image_statistics(images).items()},
+        time.perf_counter() - start,
     )
 
 

@@ -162,9 +162,8 @@ class RolloutLoader:
         epoch = self.epoch()
         first = self.rank * self.plan.pairs_per_device
         pairs = range(first, first + self.plan.pairs_per_device)
-        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + first, len(pairs), len(self.prompts))
         chunks = [pairs[start : start + self.chunk_size] for start in range(0, len(pairs), self.chunk_size)]
-        prompts = [self.prompts[row] for row in rows]
+        prompts = self.prompts_of(epoch, pairs)
         conditioning = self.encode(prompts)
         rollout = Rollout.cat([self._chunk(chunk, prompts, conditioning, first) for chunk in self.track(chunks)])
         yield from deal_points(
@@ -175,6 +174,11 @@ class RolloutLoader:
             epoch=epoch,
             normalization=self.normalization,
         )
+
+    def prompts_of(self, epoch: int, pairs: range) -> list[Prompt]:
+        """The prompts of some of an epoch's pairs, by their global indices."""
+        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + pairs.start, len(pairs), len(self.prompts))
+        return [self.prompts[row] for row in rows]
 
     def _chunk(self, chunk: range, prompts: Sequence[Prompt], conditioning: Conditioning, first: int) -> Rollout:
         rows = range(chunk.start - first, chunk.stop - first)

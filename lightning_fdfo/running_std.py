@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -18,8 +17,9 @@ class RunningStd:
     resume replaces itself, so that nothing counts twice.
 
     Example:
+        >>> import torch
         >>> running = RunningStd()
-        >>> running.update(0, torch.tensor([3.0, -3.0, 0.0, 0.0]), lambda sums: sums)
+        >>> running.update(0, torch.tensor([3.0, -3.0, 0.0, 0.0]))
         >>> running.std
         2.1213203435596424
     """
@@ -39,13 +39,12 @@ class RunningStd:
             return None
         return (squares / count) ** 0.5 if squares else 1.0
 
-    def update(self, epoch: int, differences: Tensor, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Adds an epoch's half differences, [2P] on this device; `all_sum` sums over devices."""
+    def update(self, epoch: int, differences: Tensor) -> None:
+        """Adds an epoch's half differences, [2P] of all devices."""
         if epoch != self.epoch:
             self.epoch, self.before = epoch, self.total
-        own = torch.tensor([float(len(differences)), differences.double().pow(2).sum().item()], dtype=torch.float64)
-        count, squares = all_sum(own).tolist()
-        self.total = (self.before[0] + count, self.before[1] + squares)
+        squares = differences.double().pow(2).sum().item()
+        self.total = (self.before[0] + len(differences), self.before[1] + squares)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.flow import Conditioning
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
 
 
@@ -117,9 +117,9 @@ def fit(tmp_path: Path, prompts_file: Path) -> Callable[..., Trainer]:
             "default_root_dir": tmp_path,
             "plugins": [AtomicCheckpointIO()],
         }
-        val = options.pop("val", None)
+        train, val = options.pop("train", str(prompts_file)), options.pop("val", None)
         trainer = Trainer(max_epochs=epochs, **(settings | options))
-        trainer.fit(module, PromptDataModule(str(prompts_file), val), ckpt_path=ckpt_path)
+        trainer.fit(module, PromptDataModule(train, val), ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -109,7 +109,7 @@ import os, sys, torch
 from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_fdfo import checkpoint, FDFOModule, LoRA, Objective, PromptDataModule, Sampling
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning.pytorch import Trainer
 from tests.conftest import ToyFlow, brightness
 

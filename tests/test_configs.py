@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 SINGLE_GPU = ("single_gpu_24gb", "single_gpu_80gb")
 PARALLEL = ("ddp", "fsdp2", "multi_node")
-OVERLAYS = {"legible_and_small": ("quickstart",)}
+OVERLAYS = {"legible_and_small": ("quickstart",), "legible_then_small": ("quickstart",)}
 """Files that are laid over another one, as their head says, and those that they are for."""
 BASES = [name for name in CONFIGS if name not in (*OVERLAYS, *SINGLE_GPU, *PARALLEL)]
 FULL_SIZE = [name for name in BASES if name != "quickstart"]

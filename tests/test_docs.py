@@ -8,11 +8,17 @@ import pytest
 import yaml
 
 import lightning_fdfo.flows
+from lightning_fdfo import RewardMix
 from lightning_fdfo.__main__ import main
+from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.cli import FDFOCLI
 from lightning_fdfo.flow import FlowModel
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.flows.registry import Adapter
+from lightning_fdfo.prompts import read_prompts
+from lightning_fdfo.reward_term import Gate, RewardTerm
+from lightning_fdfo.routing import check_route, is_for, routes
+from tests.conftest import brightness
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -72,6 +78,53 @@ def test_the_hooks_are_the_base_classs():
     known = set(dir(DiffusersFlow)) | set(DiffusersFlow.__annotations__) | set(FlowModel.__annotations__)
     assert len(hooks) == 16
     assert set(hooks) <= known
+
+
+@pytest.mark.parametrize("block", blocks("mixing.md", "yaml"))
+def test_mixtures_can_be_built(block, tmp_path, monkeypatch):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(block, encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    built = []
+    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self.model.rewards))
+    FDFOCLI(["fit", "--config=configs/quickstart.yaml", f"--config={overlay}"])
+    assert set(built[0].terms) == set(yaml.safe_load(block)["model"]["rewards"])
+
+
+def test_prompts_of_the_page_go_where_it_says(tmp_path):
+    (block,) = blocks("mixing.md", "json")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(block, encoding="utf-8")
+    prompts, mix = read_prompts(path), RewardMix(yaml.safe_load(blocks("mixing.md", "yaml")[0])["model"]["rewards"])
+    for prompt in prompts:
+        check_route(prompt.metadata, mix.terms, mix.terms)
+        mix.check(prompt.text, prompt.metadata, [name for name in mix.terms if is_for(name, prompt.metadata)])
+    found = routes(mix.terms, [prompt.metadata for prompt in prompts])
+    assert {name: route.nan_to_num(-1).tolist() for name, route in found.items()} == {
+        "OCR": [1, -1, 1],
+        "small": [0.5, 1, 1],
+        "colors": [-1, -1, 1],
+    }
+
+
+def test_the_pages_numbers_are_logged_and_its_python_reads_the_pairs(toy_module, fit, tmp_path, monkeypatch, capsys):
+    rewards = {
+        "OCR": RewardTerm(brightness),
+        "small": RewardTerm(lambda images, *_: -images[:, 0].mean(dim=(1, 2)), gate=Gate("OCR", above=0.4)),
+    }
+    trainer = fit(toy_module(rewards=rewards), 1, callbacks=[PairLog()], default_root_dir=tmp_path / "runs/mine")
+    for cell in re.findall(r"^\| (`reward/[^|]+) \|", PAGES["mixing.md"], flags=re.MULTILINE):
+        name, *others = re.findall(r"`([^`]+)`", cell)
+        for number in (name, *(name.rsplit("/", 1)[0] + other for other in others)):
+            logged = number.replace("NAME", "small").replace("/A/", "/OCR/").replace("/B", "/small")
+            assert logged in trainer.callback_metrics, number
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("mixing.md", "python")
+    namespace = {}
+    exec(block, namespace)
+    assert sum(namespace["quarrels"].values()) > 0
+    assert capsys.readouterr().out.startswith("[('")
 
 
 def test_files_that_the_pages_name_exist():

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning_fdfo import LoRA, PromptDataModule, Reward, Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.doctor import Examination, before_loading
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
 
@@ -227,3 +227,12 @@ def test_guidance_that_a_model_does_not_have(toy_module, prompts_file, tmp_path)
 def test_dropout_does_not_disturb_the_examination(toy_module, prompts_file, tmp_path):
     module = toy_module(lora=LoRA(rank=2, alpha=4, dropout=0.5))
     assert faults(examined(module, prompts_file, tmp_path)) == []
+
+
+def test_a_reward_that_the_first_prompt_does_not_go_to_is_not_tried(toy_module, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a cat", "rewards": {"brightness": 1}}\n{"prompt": "the dog"}\n', encoding="utf-8")
+    rewards = {"brightness": RewardTerm(brightness), "other": RewardTerm(brightness, scale="std")}
+    findings = examined(toy_module(rewards=rewards), prompts, tmp_path)
+    assert faults(findings) == []
+    assert "other: not tried, the first prompt's rewards do not name it" in [finding.text for finding in findings]

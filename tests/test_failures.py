@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from tests.conftest import brightness
 
 PROMPTS = ["a cat", "the dog", "some bird", "one fish"]

@@ -8,7 +8,8 @@ from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.flows.quantization import BYTES
 from lightning_fdfo.memory import activation_bytes, human, rollout_bytes, training_state_bytes, weight_bytes
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward_mix import RewardMix, RewardTerm
+from lightning_fdfo.reward_mix import RewardMix
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.rollout import encode_prompts, roll_out
 from tests.conftest import brightness
 

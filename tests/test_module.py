@@ -13,7 +13,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.evaluation.image_statistics import STATISTICS
 from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.objective import velocity_objective
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
 NUMBERS = ("mean", "std", "difference", "ties", "share")

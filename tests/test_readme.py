@@ -63,7 +63,7 @@ def test_every_reward_is_in_both_readmes():
 
 
 def test_mixtures_in_the_readmes_are_mixtures(monkeypatch):
-    monkeypatch.setattr("lightning_fdfo.reward_mix.load_reward", lambda name, **_: as_reward(lambda *batch: None))
+    monkeypatch.setattr("lightning_fdfo.reward_term.load_reward", lambda name, **_: as_reward(lambda *batch: None))
     found = 0
     for text in (README, (ROOT / "rewards/README.md").read_text()):
         for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL):

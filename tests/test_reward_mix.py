@@ -1,14 +1,16 @@
 """The mixture: weights, scales, devices, and what a failure looks like."""
 
+import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import Gate, RewardTerm
 from lightning_fdfo.running_std import RunningStd
 
 
@@ -43,11 +45,6 @@ HERE = f"{__name__}.Constant"
 CPU = torch.device("cpu")
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ROWS = (["p"] * 6, [{}] * 6)
-
-
-def once(values):
-    """The sum over one device."""
-    return values
 
 
 # Weights
@@ -105,7 +102,7 @@ def test_setup_and_check_reach_each_reward():
         ({"x": {"reward": HERE, "scale": -2}}, "got scale -2"),
         ({"x": {"reward": HERE, "scale": None}}, "got scale None"),
         ({"x": {"reward": HERE, "scale": [1]}}, "got scale"),
-        ({"x": {"reward": HERE, "device": "gpu7"}}, "with a device like cpu or cuda:1, got 'gpu7'"),
+        ({"x": {"reward": HERE, "device": "gpu7"}}, "expected a device like cpu or cuda:1, got 'gpu7'"),
         ({"x": {"reward": {"class": HERE}}}, "got reward {'class'"),
         ({"x": {"reward": 7}}, "got reward 7"),
         ({"Nothing": 1.0}, "unknown reward 'Nothing'"),
@@ -119,26 +116,24 @@ def test_mixtures_that_make_no_sense_are_refused(terms, message):
 # Scales
 
 
-def test_std_is_the_root_mean_square_of_half_differences_over_epochs_and_devices():
-    """Two devices with 3 pairs each, two epochs; the reference is one concatenation."""
-    epochs = [[torch.randn(6, generator=torch.Generator().manual_seed(10 * e + d)) for d in range(2)] for e in range(2)]
-    running = [RunningStd(), RunningStd()]
-    for epoch, per_device in enumerate(epochs):
-        sums = [torch.tensor([6.0, half_differences(v).double().pow(2).sum()], dtype=torch.float64) for v in per_device]
-        for device in range(2):
-            running[device].update(epoch, half_differences(per_device[device]), lambda own, s=sums: s[0] + s[1])
-    everything = half_differences(torch.cat([values for epoch in epochs for values in epoch])).double()
-    assert running[0].std == running[1].std == pytest.approx(everything.std(correction=0).item(), rel=1e-6)
+def test_std_is_the_root_mean_square_of_half_differences_over_epochs():
+    """The reference is one concatenation."""
+    epochs = [torch.randn(6, generator=torch.Generator().manual_seed(epoch)) for epoch in range(3)]
+    running = RunningStd()
+    for epoch, values in enumerate(epochs):
+        running.update(epoch, half_differences(values))
+    everything = half_differences(torch.cat(epochs)).double()
+    assert running.std == pytest.approx(everything.std(correction=0).item(), rel=1e-6)
 
 
 def test_an_epoch_that_is_rolled_out_again_counts_once():
     first, second, changed = (torch.tensor([value, -value]) for value in (1.0, 3.0, 5.0))
     running = RunningStd()
-    running.update(0, first, once)
-    running.update(1, second, once)
+    running.update(0, first)
+    running.update(1, second)
     copy = RunningStd()
     copy.load_state_dict(running.state_dict())
-    copy.update(1, changed, once)
+    copy.update(1, changed)
     assert copy.std == pytest.approx((0.5 * (1 + 25)) ** 0.5)
 
 
@@ -155,7 +150,7 @@ def test_scaled_terms_have_differences_of_one_deviation():
         assert not mix.scales_known
         with pytest.raises(ValueError, match="the scale of reward 'b' is not known yet"):
             mix.total(scores)
-        mix.update_scales(0, scores, once)
+        mix.update_scales(0, scores)
         assert mix.scales_known
         differences.append(mix.differences(scores))
         total = half_differences(mix.total(scores))
@@ -167,16 +162,114 @@ def test_scaled_terms_have_differences_of_one_deviation():
 def test_a_reward_of_ties_has_no_say_and_divides_by_nothing():
     mix = RewardMix({"flat": RewardTerm(Constant(), 1.0, "std")})
     scores = mix(IMAGES, *ROWS)
-    mix.update_scales(0, scores, once)
+    mix.update_scales(0, scores)
     assert torch.equal(mix.differences(scores)["flat"], torch.zeros(6))
 
 
 def test_scales_are_kept_and_new_terms_start_their_own():
     mix, other = (RewardMix({name: RewardTerm(brightness, 1.0, "std") for name in names}) for names in ("ab", "bc"))
-    mix.update_scales(0, mix(IMAGES, *ROWS), once)
+    mix.update_scales(0, mix(IMAGES, *ROWS))
     other.load_state_dict(mix.state_dict())
     assert other.running["b"].std == mix.running["b"].std
     assert other.running["c"].std is None
+
+
+# Clip, schedule, route and gate
+
+SCORES = {
+    "a": torch.tensor([3.0, 1.0, 0.0, 4.0, 5.0, 5.0, 2.0, 0.0]),  # half differences of rows 2i: 1, -2, 0, 1
+    "b": torch.tensor([10.0, 30.0, 0.0, 20.0, 7.0, 1.0, 4.0, 4.0]),  # -10, -10, 3, 0
+}
+
+
+def first(parts):
+    """Rows 2i."""
+    return {name: part[::2].tolist() for name, part in parts.items()}
+
+
+def test_clip_bounds_what_is_scaled_and_before_it_is_weighed():
+    mix = RewardMix({"a": RewardTerm(brightness, -3.0, clip=1.5), "b": RewardTerm(brightness, 0.5, 4.0, clip=2)})
+    assert first(mix.differences(SCORES)) == {"a": [-3, 4.5, 0, -3], "b": [-1, -1, 0.375, 0]}
+    assert torch.equal(mix.total(SCORES), -3 * SCORES["a"] + 0.5 / 4 * SCORES["b"])  # of images: it is not clipped
+
+
+def test_a_clip_in_deviations_leaves_the_deviation_as_it_is():
+    values = torch.tensor([1.0, -1.0, 1.0, -1.0, 100.0, -100.0])
+    mix = RewardMix({"a": RewardTerm(brightness, 2.0, "std", clip=1.0)})
+    mix.update_scales(0, {"a": values})
+    std = np.sqrt((1 + 1 + 100**2) / 3)
+    assert mix.running["a"].std == pytest.approx(std)
+    expected = 2 * np.clip(np.array([1, 1, 100]) / std, -1, 1)
+    assert first(mix.differences({"a": values}))["a"] == pytest.approx(list(expected))
+
+
+def test_weights_are_those_of_the_epoch():
+    mix = RewardMix({"a": RewardTerm(brightness, {0: 1, 10: 3}), "b": RewardTerm(brightness, {5: 0, 6: 1}, "std")})
+    mix.update_scales(0, SCORES)
+    assert first(mix.differences(SCORES, epoch=5)) == {"a": [2, -4, 0, 2], "b": [0, 0, 0, 0]}
+    torch.testing.assert_close(mix.total(SCORES, epoch=5), 2 * SCORES["a"])
+    assert mix.factor("b", 6) == pytest.approx(1 / np.sqrt((100 + 100 + 9) / 4))
+
+
+def test_a_route_multiplies_and_a_gate_asks_both_branches():
+    gated = RewardTerm(brightness, 2.0, gate=Gate("b", above=3.5))
+    mix = RewardMix({"a": gated, "b": RewardTerm(brightness, 0)})
+    assert mix.passes("a", SCORES)[::2].tolist() == [True, False, False, True]
+    routes = {"a": torch.tensor([0.5, 0.5, 1, 1, 1, 1, torch.nan, torch.nan]), "b": torch.ones(8)}
+    assert first(mix.differences(SCORES, routes))["a"] == [0.5 * 2 * 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("gate", "passes"),
+    [
+        (Gate("b", above=4.0), [True, False, False, False]),  # 4 is not above 4
+        (Gate("b", below=10.0), [False, False, True, True]),
+        (Gate("b", above=0.5, below=8.0), [False, False, True, True]),
+    ],
+)
+def test_gates_are_open_between_their_bounds(gate, passes):
+    mix = RewardMix({"a": RewardTerm(brightness, gate=gate), "b": RewardTerm(brightness)})
+    assert mix.passes("a", SCORES)[::2].tolist() == passes
+    assert mix.passes("b", SCORES).all()
+
+
+OPTIONS = list(
+    itertools.product(
+        (1.0, -2.0, {0: 1.0, 4: -3.0}),
+        ("none", "std", 0.1),
+        (None, 0.5),
+        (None, Gate("b", above=0.3), Gate("b", below=0.7)),
+    )
+)
+
+
+@pytest.mark.parametrize(("weight", "scale", "clip", "gate"), OPTIONS)
+def test_the_branches_of_a_pair_are_opposite_whatever_the_options(weight, scale, clip, gate):
+    """And the total is what plain numpy, pair by pair, makes of the formula."""
+    random = np.random.default_rng(0)
+    scores = {name: torch.from_numpy(random.random(40)).float() for name in "ab"}
+    pairs = random.choice([0.0, 0.5, 2.0, np.nan], 20)
+    routes = {"a": torch.from_numpy(np.repeat(pairs, 2)).float(), "b": torch.ones(40)}
+    scores["a"][routes["a"].isnan()] = torch.nan
+    mix = RewardMix({"a": RewardTerm(Cost(), weight, scale, clip=clip, gate=gate), "b": RewardTerm(brightness, 0.1)})
+    mix.update_scales(3, scores)
+    parts = mix.differences(scores, routes, epoch=3)
+    total = torch.stack(list(parts.values())).sum(dim=0)
+    assert torch.equal(total[::2], -total[1::2])
+    assert total.isfinite().all()
+    assert total[::2].any()
+
+    one, two = (scores["a"].double().numpy()[branch::2] for branch in (0, 1))
+    half = (one - two) / 2
+    divisor = {"none": 1.0, "std": np.sqrt(np.nanmean(half**2)), 0.1: 0.1}[scale]
+    for pair in range(20):
+        bounded = -half[pair] / divisor  # a cost
+        if clip is not None:
+            bounded = min(max(bounded, -clip), clip)
+        passing = [gate is None or gate.above < scores["b"][2 * pair + branch] < gate.below for branch in (0, 1)]
+        weighed = (-2.0 if isinstance(weight, dict) else weight) * pairs[pair] * bounded
+        expected = weighed if all(passing) and not np.isnan(pairs[pair]) else 0.0
+        assert parts["a"][2 * pair].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 # Devices

@@ -7,7 +7,7 @@ from lightning_fdfo import RewardMix, Sampling
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.objective import direction, half_differences
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward_mix import RewardTerm
+from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.rollout import encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness

@@ -5,6 +5,7 @@ from lightning_fdfo.callbacks.curves import Curves
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.lora_export import LoRAExport
 from lightning_fdfo.callbacks.pair_gallery import PairGallery
+from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
 from lightning_fdfo.callbacks.sample_strip import SampleStrip
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue
@@ -16,6 +17,7 @@ __all__ = [
     "Curves",
     "LoRAExport",
     "PairGallery",
+    "PairLog",
     "RewardHackingMonitor",
     "SLURMRequeue",
     "SampleStrip",

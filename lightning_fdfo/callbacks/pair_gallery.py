@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_fdfo.callbacks.pictures import log_image, pixels, save_image
 from lightning_fdfo.callbacks.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.flow import FlowModel
+from lightning_fdfo.judgement import Judgement, own_rows
 from lightning_fdfo.rollout import Rollout
 
 WIDTH = 320
@@ -56,15 +57,18 @@ class PairGallery(Callback):
     @torch.no_grad()
     def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
         """Draws, on the first process."""
-        if trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero or not len(rollout.pairs):
+        if trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, FDFOModule)
-        parts = {name: part[::2] for name, part in pl_module.rewards.differences(rollout.scores).items()}
-        chosen = spread(torch.stack(list(parts.values())).sum(dim=0).abs(), self.num_pairs)
+        flow: FlowModel = pl_module.flow  # type: ignore[assignment]
+        judgement: Judgement = pl_module.judgement  # type: ignore[assignment]
+        own = own_rows(rollout.pairs)[::2]
+        parts = {name: part[own] for name, part in judgement.parts.items()}
+        whole = judgement.whole[list(rollout.pairs)].nonzero().flatten()
+        chosen = whole[spread(judgement.difference[own][whole].abs(), self.num_pairs)]
         with trainer.precision_plugin.forward_context():
             ends = rollout.trajectories.latents[:, -1]
             rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
-            images = pl_module.flow.decode(ends[rows].to(pl_module.device)).float().cpu()
+            images = flow.decode(ends[rows].to(pl_module.device)).float().cpu()
         tiles = [
             pair_tile(
                 images[2 * place : 2 * place + 2], rollout.prompts[pair], {n: p[pair].item() for n, p in parts.items()}

@@ -68,7 +68,7 @@ class RunFiles:
 
 
 def _number(path: Path) -> tuple[int, str]:
-    """config.yaml, config-1.yaml, config-2.yaml, …; test/0, test/1, …"""
+    """Orders config.yaml, config-1.yaml, …, and test/0, test/1, …, by their numbers."""
     found = re.findall(r"\d+", f"{path.parent.name}/{path.name}" if path.suffix == ".json" else path.stem)
     return (int(found[-1]) if found else 0, path.name)
 

@@ -1,0 +1,91 @@
+"""A table of each epoch's pairs: what each term said, and what came of it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_fdfo.callbacks.run_folder import run_folder
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.judgement import Judgement
+from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.rollout import Rollout
+from lightning_fdfo.rollout_loader import RolloutLoader
+
+
+class PairLog(Callback):
+    """Writes `pairs/epoch=000.csv` and so on into the run's folder, as soon as an epoch has been rolled out.
+
+    A row a pair, of all devices, in the order of the global pair index; the columns:
+
+    | column | what it holds |
+    |---|---|
+    | `epoch` | from 0 |
+    | `pair` | global index in the epoch, from 0 |
+    | `prompt` | its text |
+    | `dropped` | 1 if a reward failed on it, and it did not train; else 0 |
+    | `difference` | half difference of the total, first branch's; what trained |
+    | `NAME/first`, `NAME/second` | a reward's score of each branch, in its own units |
+    | `NAME/part` | what it added to `difference`: scaled, clipped, weighed, routed, gated |
+    | `NAME/share` | part / difference; 0 for one that had no say; empty if the difference is 0 |
+
+    A cell is empty where there is nothing to tell: a score of a reward that was not to score the prompt's images, or
+    failed; differences of a dropped pair. Numbers have nine digits, which tell all float32 apart. The first process
+    writes, under a temporary name, which it then changes; an epoch that is rolled out again after a resume gives the
+    same file again.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ConfigurationError for a module that judges no pairs."""
+        if not isinstance(pl_module, FDFOModule):
+            raise ConfigurationError(f"PairLog: expected an FDFOModule, got {type(pl_module).__name__}")
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+        """Writes the table, of all devices' pairs."""
+        if not trainer.is_global_zero:
+            return
+        judgement: Judgement = pl_module.judgement  # type: ignore[assignment]
+        loader: RolloutLoader = trainer.train_dataloader  # type: ignore[assignment]
+        epoch = trainer.current_epoch
+        prompts = [prompt.text for prompt in loader.prompts_of(epoch, range(len(judgement.whole)))]
+        folder = run_folder(trainer) / "pairs"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"epoch={epoch:03d}.csv"
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            rows = list(pair_rows(judgement, prompts, epoch))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
+
+
+def pair_rows(judgement: Judgement, prompts: list[str], epoch: int) -> Iterator[dict[str, str | int]]:
+    """The rows of `PairLog`'s table.
+
+    Args:
+        judgement: of P pairs.
+        prompts: P texts.
+        epoch: the current one.
+    """
+    whole, differences = judgement.whole.tolist(), judgement.difference.tolist()
+    scores = {name: values.tolist() for name, values in judgement.scored.scores.items()}
+    parts = {name: values.tolist() for name, values in judgement.parts.items()}
+    for pair, (prompt, kept) in enumerate(zip(prompts, whole, strict=True)):
+        first, second = 2 * pair, 2 * pair + 1
+        difference = differences[first] if kept else math.nan
+        row: dict[str, str | int] = {"epoch": epoch, "pair": pair, "prompt": prompt, "dropped": int(not kept)}
+        row["difference"] = _cell(difference)
+        for name in scores:
+            part = parts[name][first] if kept else math.nan
+            row[f"{name}/first"], row[f"{name}/second"] = _cell(scores[name][first]), _cell(scores[name][second])
+            row[f"{name}/part"] = _cell(part)
+            row[f"{name}/share"] = _cell(part / difference if difference else math.nan)
+        yield row
+
+
+def _cell(value: float) -> str:
+    return "" if math.isnan(value) else f"{value + 0.0:.9g}"  # + 0.0: no -0
