@@ -214,9 +214,9 @@ def main() -> None:
     train(flow)
     with torch.no_grad():
         after = sample(flow, latents, SIGMAS)
-    print(
-        f"at the rewarded mode: {share_at_rewarded_mode(before):.1%} before, {share_at_rewarded_mode(after):.1%} after"
-    )
+    for name, samples in (("before", before), ("after", after)):
+        share, mean = share_at_rewarded_mode(samples), reward(samples).mean()
+        print(f"{name}: {100 * share:.0f} % at the rewarded mode, mean reward {mean:.2f}")
     picture(before, after, paths, pulls).savefig(target, dpi=120)
     print(f"{target} is drawn")
 
