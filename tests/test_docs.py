@@ -129,10 +129,11 @@ def test_python_runs(page, package, tmp_path, monkeypatch):
         red[0], blue[2] = 1, 1
         images, rows = torch.stack([red, blue]), [{"colour": [1.0, 0.0, 0.0]}] * 2
         taste = namespace["Taste"](source="taste.safetensors")
-        for reward in (namespace["Redness"](), namespace["ColourMatch"](), taste):
+        for reward in (namespace["Redness"](gain=2.0), namespace["ColourMatch"](), taste):
             reward.setup(torch.device("cpu"))
             first, second = reward(images, ["", ""], rows)
-            assert first > second
+            lowest, highest = reward.range
+            assert lowest <= second < first <= highest
         assert namespace["brightness"](images, [], []).tolist() == pytest.approx([1 / 3, 1 / 3])
 
 

@@ -1,5 +1,6 @@
 """The flow in the plane: its closed form is right, FDFO's secants are the gradient, and training moves the samples."""
 
+import doctest
 import math
 import re
 import subprocess
@@ -40,6 +41,12 @@ def test_the_velocity_is_the_mean_of_noise_minus_image(toy):
         torch.testing.assert_close(
             toy.mixture_velocity(x, torch.tensor(sigma))[0], expected, rtol=0.02, atol=0.02, msg=f"{sigma=}"
         )
+
+
+def test_its_example_holds(toy):
+    done = doctest.testmod(toy)
+    assert done.attempted
+    assert not done.failed
 
 
 def test_it_paints_the_mixture(toy):
