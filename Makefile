@@ -1,11 +1,11 @@
-# make quickstart | test | lint | chaos: each makes .venv if there is none and installs the tested versions into it.
+# make quickstart | test | lint | docs | chaos: each makes .venv if there is none and installs the tested versions into it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test lint chaos
+.PHONY: quickstart test lint docs chaos
 
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-fdfo fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
@@ -17,6 +17,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos

@@ -2,18 +2,23 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 import lightning_fdfo.flows
-from lightning_fdfo import RewardMix
+from lightning_fdfo import LoRA, RewardMix
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.cli import FDFOCLI
 from lightning_fdfo.flow import FlowModel
-from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.flows.registry import Adapter
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward_term import Gate, RewardTerm
@@ -24,11 +29,51 @@ ROOT = Path(__file__).parent.parent
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
+FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+LANGUAGES = {"bash", "json", "python", "yaml", "toml", "text"}
+"""Of which text is not run: it is a formula, or needs machines that are not here."""
+
+
 def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+    return [code for kind, _, code in FENCE.findall(PAGES[page]) if kind == language]
 
 
-COMMANDS = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.splitlines()
+    if line.strip()
+]
+OVERLAYS = [(page, number) for page in PAGES for number in range(len(blocks(page, "yaml")))]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Writes the Python blocks of a page that have a file's name into a package that can be imported."""
+
+    def write(page):
+        for _, title, code in FENCE.findall(PAGES[page]):
+            if title:
+                path = tmp_path / title
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(code, encoding="utf-8")
+                (path.parent / "__init__.py").touch()
+        return tmp_path
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")  # a check looks for a reward in a fresh process, too
+    yield write
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+def run(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command)[1:])
+    return stop.value.code
 
 
 @pytest.fixture
@@ -37,13 +82,89 @@ def adapters(monkeypatch):
     monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("lightning-fdfo fit")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("lightning-fdfo (fit|validate)", c)])
 def test_commands_parse(command, monkeypatch, capsys):
+    assert run(f"{command} --print_config", monkeypatch) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("lightning-fdfo (doctor|rewards)", c)])
+def test_commands_that_train_nothing_run(command, package, monkeypatch, capsys):
+    package("write_a_reward.md")
+    assert run(command, monkeypatch) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("lightning-fdfo ")])
+def test_other_commands_exist(command):
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        assert arguments[0] == "install"
+        assert (ROOT / arguments[1] / "pyproject.toml").exists()
+    else:
+        assert program == "tensorboard"
+        assert shutil.which(program, path=Path(sys.executable).parent)
+
+
+def test_every_block_says_what_it_is():
+    for page, text in PAGES.items():
+        assert text.count("```") == 2 * len(FENCE.findall(text)), page
+        assert {kind for kind, _, _ in FENCE.findall(text)} <= LANGUAGES, page
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page not in ("adapters.md", "mixing.md") and blocks(page, "python")]
+)
+def test_python_runs(page, package, tmp_path, monkeypatch):
+    """In order, in one namespace; with a LoRA in the place that the first run leaves one, and a reward's weights."""
+    flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
+    flow.load()
+    flow.add_lora(LoRA(), seed=0)
+    flow.save_lora(tmp_path / "runs/mine/lora")
+    save_file({"line": torch.tensor([1.0, 0.0, 0.0])}, tmp_path / "taste.safetensors")
+    package(page)
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        exec(block, namespace)
+    for name in [name for name in namespace if name.startswith("test_")]:
+        namespace[name]()
+    if page == "first_run.md":
+        assert (tmp_path / "number.png").exists()
+    if page == "write_a_reward.md":
+        red, blue = torch.zeros(2, 3, 4, 4).unbind()
+        red[0], blue[2] = 1, 1
+        images, rows = torch.stack([red, blue]), [{"colour": [1.0, 0.0, 0.0]}] * 2
+        taste = namespace["Taste"](source="taste.safetensors")
+        for reward in (namespace["Redness"](gain=2.0), namespace["ColourMatch"](), taste):
+            reward.setup(torch.device("cpu"))
+            first, second = reward(images, ["", ""], rows)
+            lowest, highest = reward.range
+            assert lowest <= second < first <= highest
+        assert namespace["brightness"](images, [], []).tolist() == pytest.approx([1 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(("page", "number"), [pair for pair in OVERLAYS if pair[0] != "adapters.md"])
+def test_configurations_can_be_built(page, number, package, tmp_path, monkeypatch):
+    """Laid over the quick start's; a model of the hub is built as the adapter that has its name."""
+    package(page)
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(blocks(page, "yaml")[number], encoding="utf-8")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
-    with pytest.raises(SystemExit) as stop:
-        main([*shlex.split(command)[1:], "--print_config"])
-    assert stop.value.code == 0, capsys.readouterr().err
+    built = []
+    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self.model))
+    FDFOCLI(["fit", "--config=configs/quickstart.yaml", f"--config={overlay}"])
+    (model,) = built
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]
+    assert set(model.rewards.terms) == set(wanted.get("rewards", {"OCR"}))
+    if "flow" in wanted:
+        assert model.flow.pretrained == wanted["flow"]["pretrained"]
+
+
+def test_the_package_is_the_examples():
+    (block,) = blocks("write_a_reward.md", "toml")
+    assert block in (ROOT / "examples/custom_reward/pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_the_adapter_is_one(adapters):
@@ -78,18 +199,6 @@ def test_the_hooks_are_the_base_classs():
     known = set(dir(DiffusersFlow)) | set(DiffusersFlow.__annotations__) | set(FlowModel.__annotations__)
     assert len(hooks) == 16
     assert set(hooks) <= known
-
-
-@pytest.mark.parametrize("block", blocks("mixing.md", "yaml"))
-def test_mixtures_can_be_built(block, tmp_path, monkeypatch):
-    overlay = tmp_path / "mine.yaml"
-    overlay.write_text(block, encoding="utf-8")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
-    built = []
-    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self.model.rewards))
-    FDFOCLI(["fit", "--config=configs/quickstart.yaml", f"--config={overlay}"])
-    assert set(built[0].terms) == set(yaml.safe_load(block)["model"]["rewards"])
 
 
 def test_prompts_of_the_page_go_where_it_says(tmp_path):

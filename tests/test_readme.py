@@ -75,7 +75,7 @@ def test_mixtures_in_the_readmes_are_mixtures(monkeypatch):
 
 def test_the_two_commands_are_make_targets():
     assert [command for command in COMMANDS if command.startswith("make ")][:2] == ["make quickstart", "make test"]
-    for target in ("quickstart", "test", "lint"):
+    for target in ("quickstart", "test", "lint", "docs"):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
 
