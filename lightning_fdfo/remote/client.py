@@ -31,6 +31,9 @@ _LOGGER = logging.getLogger(__name__)
 class RemoteError(RuntimeError):
     """A server gave no scores. The message says which server, and what happened."""
 
+    def __repr__(self) -> str:
+        return str(self)
+
 
 class _PassingError(RemoteError):
     """Worth another attempt: no connection, no answer in time, 429, or a fault of the server."""

@@ -88,6 +88,11 @@ class RemoteReward(Reward):
         self.backoff = backoff
         self.encoding = encoding
 
+    @property
+    def name(self) -> str:
+        """What `lightning-fdfo rewards check` takes."""
+        return "lightning_fdfo.remote.RemoteReward"
+
     # What the server serves: asked once, when it is first needed
 
     @property

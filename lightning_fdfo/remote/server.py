@@ -116,6 +116,7 @@ class RewardService:
 
     async def _in_turn(self, request: Request, work: Callable[[], Result]) -> Result:
         """Runs the work in a thread, after all that came before it; nothing runs for who has hung up."""
+        await request.is_disconnected()  # reads on: otherwise nobody would notice who hangs up behind a large body
         async with self._turn:
             if await request.is_disconnected():
                 raise HTTPException(499, "nobody waits for it any more")
