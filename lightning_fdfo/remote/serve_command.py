@@ -80,7 +80,7 @@ def serve(options: argparse.Namespace) -> None:
     if min(options.max_batch, options.max_pixels, options.max_body, options.max_waiting) < 1:
         raise ConfigurationError("--max_batch, --max_pixels, --max_body, --max_waiting: expected numbers above 0")
     limits = Limits(max_batch=options.max_batch, max_pixels=options.max_pixels, max_body=options.max_body)
-    with _bind(options.host, options.port) as listener:
+    with bind(options.host, options.port) as listener:
         init_args = parse_init_args(options.init_args)
         reward = load_reward(options.name, **init_args)
         mix = RewardMix({options.name: RewardTerm(reward)})
@@ -125,9 +125,11 @@ def _configuration(reward: Reward, init_args: Mapping[str, Any]) -> str:
     return json.dumps([init_args, versions], sort_keys=True, default=str)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """The address, taken before weights are loaded; nobody is listened to yet."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # TCP is named: otherwise asyncio leaves Nagle's delay on, 40 ms an answer.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 import uvicorn
 
 from lightning_fdfo.remote.protocol import Limits
+from lightning_fdfo.remote.serve_command import bind
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
 from lightning_fdfo.reward import Reward, load_reward
 from lightning_fdfo.reward_mix import RewardMix, RewardTerm
@@ -31,7 +31,7 @@ class Server:
         mix.setup(torch.device("cpu"))
         description = describe_reward(name, self.reward, limits or Limits(), configuration)
         self.service = RewardService(mix, description, token, max_waiting)
-        self.listener = socket.create_server(("127.0.0.1", port))
+        self.listener = bind("127.0.0.1", port)
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(create_app(self.service), log_level="warning", http="h11", ws="none", lifespan="off")

@@ -107,6 +107,18 @@ def test_range_sign_and_metadata_are_the_servers(serve):
         mix.check("a cat", {})
 
 
+def test_a_question_takes_milliseconds(serve):
+    """Two writes and a delayed acknowledgement would make it 40: thousands of prompts are checked before a run."""
+    away = remote(serve("OCR"))
+    away.fetch()
+    took = []
+    for _ in range(50):
+        started = time.monotonic()
+        away.check('a sign that says "427"', {})
+        took.append(time.monotonic() - started)
+    assert min(took[1:]) < 0.03
+
+
 def test_unbounded_ranges(serve):
     away = remote(serve("OCR"))
     assert away.range == (float("-inf"), 0.0)
