@@ -107,7 +107,7 @@ class Client:
         reply = bytearray()
         try:
             with self._http.stream(method, path, content=_before(deadline, body), headers=headers) as response:
-                for chunk in response.iter_raw(CHUNK):
+                for chunk in response.iter_raw():
                     reply += chunk
                     if len(reply) > MAX_REPLY:
                         raise RemoteError(f"{self.url}: expected an answer of at most {MAX_REPLY} bytes")

@@ -113,28 +113,23 @@ def _from_tensor(tensors: Mapping[str, Mapping[str, Any]], num_images: int) -> T
 
 
 def _from_png(tensors: Mapping[str, Mapping[str, Any]], num_images: int, limits: Limits) -> Tensor:
-    """Sizes are read from all headers, and held to the limit, before the first image is decoded."""
     if set(tensors) != {str(row) for row in range(num_images)} or any(t["dtype"] != "U8" for t in tensors.values()):
         raise RefusalError(400, f"expected {num_images} PNG of U8 bytes, named 0 to {num_images - 1}")
-    try:
-        pictures = [
-            Image.open(io.BytesIO(tensors[str(row)]["data"]), formats=["PNG"])  # reads no pixel
-            for row in range(num_images)
-        ]
-        sizes = {(picture.size, picture.mode) for picture in pictures}
-        (width, height), mode = pictures[0].size, pictures[0].mode
-        if len(sizes) != 1 or mode != "RGB":
-            raise RefusalError(400, f"expected RGB images of one size, got {sorted(sizes)[:3]}")
-        if num_images * width * height > limits.max_pixels:
-            raise RefusalError(
-                413, f"expected at most {limits.max_pixels} pixels in all, got {num_images}x{width}x{height}"
-            )
-        pixels = np.stack([np.asarray(picture) for picture in pictures])
-    except RefusalError:
-        raise
-    except Exception as error:  # Pillow's, of many kinds, on bytes that anybody may have sent
-        raise RefusalError(400, f"expected PNG files: {error}") from error
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
+    size: tuple[int, int] | None = None
+    pixels = []
+    for row in range(num_images):  # one after the other: what a file holds beside its pixels is dropped with it
+        try:
+            with Image.open(io.BytesIO(tensors[str(row)]["data"]), formats=["PNG"]) as picture:  # reads no pixel
+                size = size or picture.size
+                _check_pixels(num_images * picture.width * picture.height, limits)
+                if picture.mode != "RGB" or picture.size != size:
+                    raise RefusalError(400, f"expected RGB images of one size, got {picture.mode} of {picture.size}")
+                pixels.append(np.array(picture))
+        except RefusalError:
+            raise
+        except Exception as error:  # Pillow's, of many kinds, on bytes that anybody may have sent
+            raise RefusalError(400, f"expected PNG files: {error}") from error
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _check_pixels(pixels: int, limits: Limits) -> None:

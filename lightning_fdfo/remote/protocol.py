@@ -27,15 +27,18 @@ MAX_HEADER = 2**22
 MAX_PROMPT = 10_000
 """Characters."""
 
+MAX_MESSAGE = 500
+"""Characters."""
+
 Encoding = Literal["safetensors", "png"]
 PromptText = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 
 class RefusalError(ValueError):
-    """A request that is not answered; `status` is HTTP's."""
+    """A request that is not answered; `status` is HTTP's. What a message repeats of the request is cut."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message[:MAX_MESSAGE])
         self.status = status
 
 

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lightning_fdfo.remote.codec import decode_request, encode_request
 from lightning_fdfo.remote.protocol import MAX_HEADER, MAX_PROMPT, Limits, RefusalError, ScoreRequest
@@ -164,6 +166,7 @@ def test_a_refusal_does_not_repeat_the_input():
     refused = refusal(body_of(raw(image(), prompts=["secret " * 2000]), bytes(48)))
     assert "secret" not in str(refused)
     assert "10000 characters" in str(refused)
+    assert len(str(refusal(body_of(raw(image(), **{"k" * 10_000: 1}), bytes(48))))) <= 500
 
 
 def test_limits():
@@ -210,9 +213,26 @@ def test_a_decompression_bomb_is_not_decoded(size, monkeypatch):
     monkeypatch.undo()
 
 
-def test_many_small_bombs_are_one_large_one():
+def test_texts_in_png_do_not_add_up():
+    """Each unfolds to megabytes, and is gone before the next."""
+    info = PngInfo()
+    for key in "abcde":
+        info.add_text(key, "x" * 1_000_000, zip=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, format="PNG", pnginfo=info)
+    body = png_body(*[buffer.getvalue()] * 32)
+    assert len(body) < 32 * 10_000
+    tracemalloc.start()
+    decode_request(body, Limits())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * 5_000_000
+
+
+def test_many_small_bombs_are_one_large_one(monkeypatch):
     files = [png(size=(100, 100))] * 5
     assert decode_request(png_body(*files), Limits(max_pixels=50_000))
+    monkeypatch.setattr(Image.Image, "__array_interface__", property(lambda image: pytest.fail("it was decoded")))
     assert refusal(png_body(*files), Limits(max_pixels=49_999)).status == 413
 
 

@@ -212,8 +212,8 @@ def test_a_token_that_is_none(token, serve, monkeypatch):
 def test_a_page_that_leads_its_name_here(serve):
     server = serve()
     with httpx.Client() as client:
-        answer = client.get(server.url + "/reward", headers={"Host": "evil.example.org"})
-        assert answer.status_code == 403
+        for host in ("evil.example.org", "localhost.evil.example.org", "evil_host.example.org", "[", "[::1", ""):
+            assert client.get(server.url + "/reward", headers={"Host": host}).status_code in (400, 403), host
         answer = client.post(server.url + "/scores", content=b"x", headers={"Content-Type": "text/plain"})
         assert answer.status_code == 415
         for host in ("localhost:1", "127.0.0.1", "[::1]:8765"):
@@ -329,7 +329,7 @@ def answering():
     """Starts a server of one answer, whatever is asked."""
     listeners, threads = [], []
 
-    def start(body, seen=None, status=200, headers=""):
+    def start(body, seen=None, status=200, headers="", delay=0.0):
         listener = socket.create_server(("127.0.0.1", 0))
 
         def run():
@@ -346,7 +346,11 @@ def answering():
                         seen.append(request)
                     head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{headers}Connection: close\r\n\r\n"
                     with contextlib.suppress(OSError):  # the client may have hung up
-                        connection.sendall(head.encode() + body)
+                        connection.sendall(head.encode())
+                        for piece in [body] if not delay else [body[i : i + 1] for i in range(len(body))]:
+                            if delay:
+                                time.sleep(delay)
+                            connection.sendall(piece)
 
         listeners.append(listener)
         threads.append(threading.Thread(target=run))
@@ -423,6 +427,21 @@ def test_a_call_has_a_time_limit(serve, caplog):
         score(away)
     assert time.monotonic() - started < 1.0
     assert "attempt 1 of 2" in caplog.text
+
+
+def test_an_answer_that_trickles_is_not_waited_for(answering):
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match="ReadTimeout"):
+        RemoteReward(answering(b"x" * 30, delay=0.1), timeout=0.4, attempts=1).fetch()
+    assert time.monotonic() - started < 1.5
+
+
+def test_no_proxy_on_the_way_to_this_machine(serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    remote(serve(), attempts=1).fetch()
 
 
 def test_a_slow_call_is_tried_again(serve):
