@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_fdfo.report import command
 
         raise SystemExit(command.main(words[1:]))
+    if words[:1] == ["serve-reward"]:
+        raise SystemExit(_serve_reward(words[1:]))
     if words[:1] == ["doctor"]:
         from lightning_fdfo import cli, doctor
 
@@ -27,6 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lightning_fdfo import cli
 
     cli.main()
+
+
+def _serve_reward(words: Sequence[str]) -> int:
+    from lightning_fdfo.errors import ConfigurationError
+
+    try:
+        from lightning_fdfo.remote import serve_command
+    except ConfigurationError as error:  # the extra is not installed
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return serve_command.main(words)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.command == "check":
-        return print_checks(options.name, _init_args(options.init_args), options.prompts, options.device)
+        return print_checks(options.name, parse_init_args(options.init_args), options.prompts, options.device)
     if options.command == "score":
         output = Path(options.output) if options.output else None
         form = output_form(options.format, output)
@@ -72,16 +72,17 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says an error in one line, as the rest of the command does."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises ConfigurationError."""
         raise ConfigurationError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lightning-fdfo rewards", description="Lists the installed rewards.")
-    commands = parser.add_subparsers(dest="command", metavar="[score | check]", parser_class=_Parser)
+    parser = Parser(prog="lightning-fdfo rewards", description="Lists the installed rewards.")
+    commands = parser.add_subparsers(dest="command", metavar="[score | check]", parser_class=Parser)
     score = commands.add_parser("score", help="score a folder of images", description="Scores a folder of images.")
     score.add_argument("folder", help=f"with images: {', '.join(IMAGE_SUFFIXES)}; taken in the order of their names")
     score.add_argument(
@@ -212,7 +213,8 @@ def print_checks(name: str, init_args: Mapping[str, Any], prompts_file: str | No
     return int(failed > 0)
 
 
-def _init_args(text: str) -> dict[str, Any]:
+def parse_init_args(text: str) -> dict[str, Any]:
+    """Options of a reward from the command line's `--init_args`; raises ConfigurationError for what is no mapping."""
     parsed = _yaml(text, "--init_args")
     if not isinstance(parsed, dict):
         raise ConfigurationError(f"--init_args: expected a mapping like '{{quality: 80}}', got {text!r}")

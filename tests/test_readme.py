@@ -10,7 +10,8 @@ import yaml
 
 from lightning_fdfo import RewardMix
 from lightning_fdfo.__main__ import main
-from lightning_fdfo.reward import as_reward, available_rewards
+from lightning_fdfo.reward import as_reward, available_rewards, load_reward
+from lightning_fdfo.reward_commands import parse_init_args
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +53,20 @@ def test_reward_commands_run(command, monkeypatch, capsys):
     output = capsys.readouterr()
     assert stop.value.code == 0, output.err
     assert "JPEGSize" in output.out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lightning-fdfo serve-reward")])
+def test_rewards_that_are_served_are_there(command, monkeypatch):
+    served = []
+
+    def load(options):
+        served.append(load_reward(options.name, **parse_init_args(options.init_args)))
+
+    monkeypatch.setattr("lightning_fdfo.remote.serve_command.serve", load)
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(command)[1:])
+    assert stop.value.code == 0
+    assert len(served) == 1
 
 
 def test_every_reward_is_in_both_readmes():

@@ -1,0 +1,24 @@
+"""Rewards that live in another environment or on another machine: `RemoteReward`, and the server behind it.
+
+They need an extra: `pip install 'lightning-fdfo[remote]'`.
+"""
+
+from lightning_fdfo.errors import ConfigurationError
+
+EXTRA = ("fastapi", "httpx", "pydantic", "tenacity", "uvicorn")
+"""What the extra brings."""
+
+try:
+    import fastapi  # noqa: F401
+    import tenacity  # noqa: F401
+    import uvicorn  # noqa: F401
+
+    from lightning_fdfo.remote.remote_reward import RemoteReward
+except ModuleNotFoundError as error:
+    if error.name not in EXTRA:
+        raise
+    raise ConfigurationError(
+        f"remote rewards need {error.name}, which is not installed: pip install 'lightning-fdfo[remote]'"
+    ) from error
+
+__all__ = ["RemoteReward"]
