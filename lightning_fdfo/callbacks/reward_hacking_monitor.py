@@ -175,5 +175,7 @@ class RewardHackingMonitor(Callback):
                 number = re.search(r"epoch=(\d+)", file.name)
                 if number and int(number[1]) <= epoch:
                     found[int(number[1])] = file
-        kept = f": {found[max(found)]} is the newest kept up to there" if found else ", of which no checkpoint was kept"
-        return f"go back to epoch {epoch}{kept}"
+        if not found or max(found) < epoch:
+            again = f"the same run with --trainer.max_epochs {epoch + 1} ends there"
+            return f"go back to epoch {epoch}: {again}" + (f", and {found[max(found)]} was kept" if found else "")
+        return f"go back to epoch {epoch}: {found[epoch]}"

@@ -70,7 +70,7 @@ def render_page(run: RunFiles) -> str:
         before_after=_change(run.before_after),
         after_epoch=run.before_after.get("after_epoch"),
         tests=[(name, *_table(metrics)) for name, metrics in run.tests.items()],
-        panels={title: list(plots) for title, plots in _panels(run.history).items() if plots},
+        panels={title: plots for title, plots in _panels(run.history).items() if plots},
         correlations=correlations(run.pairs),
         num_pairs=len(run.pairs),
         galleries={title: slides for title, files in run.galleries.items() if (slides := list(_slides(files)))},
@@ -163,7 +163,9 @@ def plot(points: list[tuple[int, float]]) -> Markup:
     axes.plot(
         *zip(*points, strict=True), "-" if len(points) > 30 else ".-", linewidth=1.2, markersize=4, color="#2166ac"
     )
-    axes.tick_params(labelsize=7)
+    if np.ptp([value for _, value in points]) < 1e-6 * abs(points[0][1]):  # no digits of rounding
+        axes.set_ylim(points[0][1] - 1, points[0][1] + 1)
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
