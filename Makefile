@@ -9,6 +9,7 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-fdfo fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
+	$(BIN)/lightning-fdfo report $(RUN)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -216,8 +216,13 @@ def describe(reward: Reward) -> str:
     """
     source = reward.function if isinstance(reward, FunctionReward) else type(reward)
     module = getattr(source, "__module__", None) or type(source).__module__
-    names = packages_distributions().get(module.partition(".")[0], [])
+    names = _distributions().get(module.partition(".")[0], [])
     return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
+
+
+@functools.cache  # it looks at every installed distribution
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 def _bind(function: Scorer, init_args: Mapping[str, Any]) -> Reward:

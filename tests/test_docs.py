@@ -71,8 +71,11 @@ def package(tmp_path, monkeypatch):
 def run(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    words = shlex.split(command)
+    if words[0].startswith("PYTHONPATH="):
+        monkeypatch.syspath_prepend(ROOT / words.pop(0).removeprefix("PYTHONPATH="))
     with pytest.raises(SystemExit) as stop:
-        main(shlex.split(command)[1:])
+        main(words[1:])
     return stop.value.code
 
 
@@ -82,7 +85,7 @@ def adapters(monkeypatch):
     monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("lightning-fdfo (fit|validate)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search("lightning-fdfo (fit|validate)", c)])
 def test_commands_parse(command, monkeypatch, capsys):
     assert run(f"{command} --print_config", monkeypatch) == 0, capsys.readouterr().err
 
@@ -93,7 +96,15 @@ def test_commands_that_train_nothing_run(command, package, monkeypatch, capsys):
     assert run(command, monkeypatch) == 0, capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("lightning-fdfo ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("lightning-fdfo (report|export)", c)])
+def test_commands_about_a_run_have_the_options_that_they_are_given(command, monkeypatch, capsys):
+    _, name, _, *options = shlex.split(command)
+    assert run(f"lightning-fdfo {name} --help", monkeypatch) == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in options if option.startswith("--"))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "lightning-fdfo " not in c])
 def test_other_commands_exist(command):
     program, *arguments = shlex.split(command)
     if program == "make":
@@ -156,7 +167,7 @@ def test_configurations_can_be_built(page, number, package, tmp_path, monkeypatc
     monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self.model))
     FDFOCLI(["fit", "--config=configs/quickstart.yaml", f"--config={overlay}"])
     (model,) = built
-    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8")).get("model", {})
     assert set(model.rewards.terms) == set(wanted.get("rewards", {"OCR"}))
     if "flow" in wanted:
         assert model.flow.pretrained == wanted["flow"]["pretrained"]

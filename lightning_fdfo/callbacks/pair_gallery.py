@@ -21,7 +21,7 @@ WIDTH = 320
 FRAME = 4
 MARGIN = 12
 FONT = 13
-PAPER, INK, WINNER = "white", "#222222", "#1a9850"
+PAPER, INK, WINNER, LOSER = "white", "#222222", "#1a9850", "#cccccc"
 
 
 class PairGallery(Callback):
@@ -115,6 +115,9 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
         corner = place * width // 2
         if total and (total > 0) == (place == 0):
             draw.rectangle((corner, 0, corner + image.width + 2 * FRAME - 1, height - 1), fill=WINNER)
+        else:
+            edges = (corner + FRAME - 1, FRAME - 1, corner + FRAME + image.width, FRAME + image.height)
+            draw.rectangle(edges, outline=LOSER)
         tile.paste(image, (corner + FRAME, FRAME))
     for row, line in enumerate(lines):
         draw.text((FRAME, height + 2 + row * (FONT + 4)), line, fill=INK, font=font)
