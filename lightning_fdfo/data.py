@@ -107,7 +107,8 @@ class PromptDataModule(LightningDataModule):
         else:
             path = self.test_path if stage == "test" else self.predict_path
             if path is None:
-                raise ConfigurationError(f"data.{stage}: expected a prompt file for {stage}, got none, nor data.val")
+                option = "data.test" if stage == "test" else "data.predict"
+                raise ConfigurationError(f"{option}: expected a prompt file, got none, nor data.val")
             self.judged_prompts = read_prompts(path)
         check = getattr(self.trainer.lightning_module if self.trainer else None, "check_prompts", None)
         if check is not None:

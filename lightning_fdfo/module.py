@@ -621,7 +621,7 @@ class FDFOModule(LightningModule):
         assert self._comparison is not None
         self.comparison = self._comparison.compute()
         means = {f"test/{row.name}": row.tuned.mean for row in self.comparison}
-        self.log_dict(means, logger=False, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(means, sync_dist=self.trainer.world_size > 1)
 
     def on_predict_start(self) -> None:
         """Puts text encoders and VAE on the device."""

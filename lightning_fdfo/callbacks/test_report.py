@@ -19,6 +19,9 @@ from lightning_fdfo.evaluation.win_rate import WinRate
 from lightning_fdfo.judged_weights import describe_judged
 from lightning_fdfo.module import FDFOModule
 
+WIDTH = 120
+"""Characters a line, where there is no terminal."""
+
 
 class TestReport(Callback):
     """Writes `metrics.json` and `metrics.csv` into `test/0`, `test/1`, … of the run's folder, and prints a table.
@@ -44,7 +47,7 @@ class TestReport(Callback):
         summary = settings | {"metrics": {row.name: _nested(row) for row in rows}}
         write_text(folder / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / "metrics.csv", table_of_values(rows))
-        console = Console()
+        console = Console() if Console().is_terminal else Console(width=WIDTH)
         console.print(table(rows, pl_module.evaluation.confidence))
         console.print(f"Written to {folder}", highlight=False, soft_wrap=True)
 
@@ -75,8 +78,7 @@ def table_of_values(rows: list[Row]) -> str:
 def table(rows: list[Row], confidence: float) -> Table:
     """Rows for eyes: means ± standard errors, win rates with their intervals."""
     caption = f"means ± standard errors; win rates with intervals of {confidence:.0%}"
-    columns = [Column(name, no_wrap=True) for name in ("", *SIDES, "win rate")]
-    shown = Table(*columns, title="Test", caption=caption)
+    shown = Table(Column(no_wrap=True), *SIDES, "win rate", title="Test", caption=caption)
     for row in rows:
         shown.add_row(row.name, _short(row.tuned), _short(row.base), _short(row.difference, "+"), _rate(row.win_rate))
     return shown

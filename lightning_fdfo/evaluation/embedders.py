@@ -85,7 +85,8 @@ class CLIPEmbedder(Embedder):
         pixels = (resized[..., top : top + size, left : left + size] - mean) / std
         with torch.autocast(images.device.type, enabled=False):
             features = self._model.get_image_features(pixel_values=pixels)
-        embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output  # transformers 4 and 5
+        # transformers 5 wraps the embeddings, transformers 4 did not
+        embeddings: Tensor = features if isinstance(features, Tensor) else features.pooler_output
         return embeddings
 
 
