@@ -554,13 +554,16 @@ class FDFOModule(LightningModule):
             name that no validation prompt goes to is left out; one that a prompt does not go to is NaN there.
         """
         images, scores = self._painted(batch)
+        prompts = [row.prompt.text for row in batch if row.counted]
+        count = len(prompts)  # the others come last
+        scores = {name: value[:count] for name, value in scores.items()}
         for name, value in scores.items():
             scored = value[value.isfinite()]
             self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
-        return {"images": images.cpu(), "prompts": [row.prompt.text for row in batch if row.counted], "scores": scores}
+        return {"images": images[:count].cpu(), "prompts": prompts, "scores": scores}
 
     def _painted(self, batch: Sequence[IndexedPrompt]) -> Painted:
-        """Images and scores of those rows that count."""
+        """Images of all rows, and their scores."""
         images = self._paint(batch)
         texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
         drop = self.on_reward_error == "drop_pair"
@@ -570,9 +573,7 @@ class FDFOModule(LightningModule):
         scores = ({"reward": self.rewards.total(terms, to, self.current_epoch)} if known else {}) | terms
         if self.metrics is not None:
             scores |= self.metrics(images, texts, metadata, drop, routes(self.metrics.terms, metadata))
-        counted = sum(row.counted for row in batch)  # the others come last
-        scores = {name: value[:counted] for name, value in scores.items() if name not in self._unjudged}
-        return Painted(images[:counted], scores)
+        return Painted(images, {name: value for name, value in scores.items() if name not in self._unjudged})
 
     def _paint(self, batch: Sequence[IndexedPrompt]) -> Tensor:
         return paint(

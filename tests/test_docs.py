@@ -1,7 +1,9 @@
 """The pages in docs/: their Python runs, their commands and configurations parse, what they name exists."""
 
+import json
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def adapters(monkeypatch):
     monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("lightning-fdfo fit")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] in FDFOCLI.subcommands()])
 def test_commands_parse(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
@@ -135,3 +137,36 @@ def test_files_that_the_pages_name_exist():
             assert target.startswith("http") or (ROOT / "docs" / target).exists(), f"{page}: {target}"
         for name in re.findall(r"`class_path: (\w+)`", text):
             assert hasattr(lightning_fdfo.flows, name), f"{page}: {name}"
+
+
+def test_the_evaluation_on_the_page_is_one(tmp_path, monkeypatch):
+    """Laid over the quick start it is built without a network, and each value that it names arrives."""
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(blocks("evaluation.md", "yaml")[0], encoding="utf-8")
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    built = []
+    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    FDFOCLI(["test", "--config=configs/quickstart.yaml", f"--config={overlay}"])
+    (cli,) = built
+    assert asdict(cli.model.evaluation) == wanted["model"]["evaluation"]
+    assert set(cli.model.metrics.terms) >= {"CLIPScore"}
+    assert cli.datamodule.test_path == wanted["data"]["test"]
+    assert cli.datamodule.images_per_prompt == wanted["data"]["images_per_prompt"]
+
+
+def test_an_image_says_how_it_was_made_as_on_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    few = ["--trainer.limit_predict_batches=1", "--data.val_batch_size=1", "--model.sampling.num_steps=1"]
+    folder = f"--trainer.default_root_dir={tmp_path / 'runs/mine'}"
+    main(["predict", "--config=configs/quickstart.yaml", folder, "--trainer.enable_progress_bar=false", *few])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("evaluation.md", "python")[0], {})
+    assert capsys.readouterr().out == '"5600" in green 0 0 0\n'
+    listed = json.loads((tmp_path / "runs/mine/predict/0/images.jsonl").read_text(encoding="utf-8"))
+    last = PAGES["evaluation.md"].split("```")[-1]
+    for name in listed.keys() - {"file", "sha256"}:
+        assert f"`{name}`" in last

@@ -84,13 +84,13 @@ class Comparison:
         """Adds a batch.
 
         Args:
-            prompts: N numbers of prompts.
-            tuned: by the weights that are judged.
+            prompts: C numbers of prompts.
+            tuned: by the weights that are judged; N >= C images, of which the first C count.
             base: by the base model, from the same latents; None if it is left out.
         """
-        numbers = torch.tensor(prompts, dtype=torch.long)
+        numbers, counted = torch.tensor(prompts, dtype=torch.long), slice(len(prompts))
         painted = {"tuned": tuned} | ({} if base is None else {"base": base})
-        values = {side: _values(each) for side, each in painted.items()}
+        values = {side: _values(each, counted) for side, each in painted.items()}
         self.names = list(values["tuned"])
         self.compared = [name for name in self.names if name in self.higher_is_better]
         columns = {side: _columns(each, self.names) for side, each in values.items()}
@@ -103,7 +103,7 @@ class Comparison:
             self._wins.update(numbers, *(signs * _columns(values[side], self.compared) for side in ("tuned", "base")))
         for side, diversity in self._diversities.items():
             assert self.embedder is not None
-            diversity.update(numbers, self.embedder(painted[side].images))
+            diversity.update(numbers, self.embedder(painted[side].images)[counted])
 
     def compute(self) -> list[Row]:
         """Over all batches and devices; each device must call it."""
@@ -119,9 +119,10 @@ class Comparison:
         return rows
 
 
-def _values(painted: Painted) -> dict[str, Tensor]:
+def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
     statistics = image_statistics(painted.images)
-    return painted.scores | {f"image/{name}": value for name, value in statistics.items()}
+    values = painted.scores | {f"image/{name}": value for name, value in statistics.items()}
+    return {name: value[counted] for name, value in values.items()}
 
 
 def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
