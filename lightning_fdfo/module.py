@@ -191,18 +191,18 @@ class FDFOModule(LightningModule):
 
     def fetch_weights(self) -> None:
         """Finds the weights of rewards, metrics and, for `test`, the embedder; fetches what is missing."""
-        if self._predicts:
+        if self._command == TrainerFn.PREDICTING:  # it needs no reward
             return
         self.rewards.fetch()
         if self.metrics is not None:
             self.metrics.fetch()
-        if self.embedder is not None and self.trainer.state.fn == TrainerFn.TESTING:
+        if self.embedder is not None and self._command == TrainerFn.TESTING:
             self.embedder.fetch()
 
     @property
-    def _predicts(self) -> bool:
-        """Whether this paints only: `predict` needs no reward."""
-        return self.trainer.state.fn == TrainerFn.PREDICTING
+    def _command(self) -> TrainerFn | None:
+        """What the trainer does; None without one."""
+        return None if self._trainer is None else self._trainer.state.fn
 
     def setup(self, stage: str) -> None:
         """Checks the model's folder, finds the rewards' weights and derives the batch arithmetic."""
@@ -247,7 +247,7 @@ class FDFOModule(LightningModule):
     def check_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
         """Raises ConfigurationError, with file and line, if a prompt goes to a reward that cannot score it."""
         self._texts = [*train, *val]
-        if self._predicts:
+        if self._command == TrainerFn.PREDICTING:  # it needs no reward
             return
         mixes = [(self.rewards, [*train, *val])] + ([] if self.metrics is None else [(self.metrics, list(val))])
         names = [name for mix, _ in mixes for name in mix.terms]
@@ -271,7 +271,7 @@ class FDFOModule(LightningModule):
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             shard(self.flow, self.device_mesh)
-        if self.trainer.state.fn == TrainerFn.TESTING and self.evaluation.base:
+        if self._command == TrainerFn.TESTING and self.evaluation.base:
             self._base = BaseWeights(self.flow.transformer)
 
     def _load(self) -> None:
