@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_fdfo.parallel import reshard
+
 
 class BaseWeights:
     """Knows the base's weights, and puts them in place.
@@ -47,6 +49,7 @@ class BaseWeights:
             finally:
                 self._transformer.enable_adapters()
             return
+        reshard(self._transformer)
         own = [_local(parameter).clone() for parameter in self._transformer.parameters()]
         self._put(self._copies)
         try:
@@ -56,6 +59,7 @@ class BaseWeights:
 
     @torch.no_grad()
     def _put(self, values: list[Tensor]) -> None:
+        reshard(self._transformer)
         for parameter, value in zip(self._transformer.parameters(), values, strict=True):
             _local(parameter).copy_(value)
 
