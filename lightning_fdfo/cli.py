@@ -1,7 +1,7 @@
-"""LightningCLI with FDFOModule and PromptDataModule: the commands `fit` and `validate`.
+"""LightningCLI with FDFOModule and PromptDataModule: the commands `fit`, `validate`, `test` and `predict`.
 
 lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
-lightning-fdfo validate --config … [--ckpt_path …]
+lightning-fdfo validate | test | predict --config … [--ckpt_path CHECKPOINT, LORA or HUB_NAME]
 """
 
 from __future__ import annotations
@@ -19,20 +19,25 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_fdfo.callbacks.image_writer import ImageWriter
+from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
 
 MAX_NODES = 100_000
 """Values in a configuration file, each alias counted as what it stands for."""
+JUDGING = ("validate", "test", "predict")
+"""Commands that train nothing."""
 RECORD = "config.yaml"
 """The resolved configuration, in the run's folder."""
 
@@ -64,6 +69,11 @@ class RunRecord(SaveConfigCallback):
         ckpt_path = self.config.get("ckpt_path")
         if stage == "fit" and ckpt_path == "last" and not record.exists():
             raise ConfigurationError(f"--ckpt_path last: {record.parent} holds no run to go on with")
+        if stage != "fit" and ckpt_path == "last" and not _last_checkpoints(trainer):
+            raise ConfigurationError(
+                f"--ckpt_path last: no callback of the configuration has written a last.ckpt for {record.parent}; "
+                "name the run's folder by --trainer.default_root_dir, or a file"
+            )
         if self.config.get("weights_only") is False:
             raise ConfigurationError("--weights_only: expected true: a checkpoint's own code is never run")
         for callback in trainer.checkpoint_callbacks:
@@ -115,10 +125,14 @@ def _check_readable(trainer: Trainer, ckpt_path: str) -> None:
     reader = trainer.strategy.checkpoint_io
     if not isinstance(reader, AtomicCheckpointIO):
         return
-    folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)]  # type: ignore[attr-defined]
-    files = [folder / "last.ckpt" for folder in folders] if ckpt_path == "last" else [Path(ckpt_path)]
-    for file in {file for file in files if file.exists()}:
+    for file in _last_checkpoints(trainer) if ckpt_path == "last" else {Path(ckpt_path)}:
         reader.load_checkpoint(file, map_location="meta")
+
+
+def _last_checkpoints(trainer: Trainer) -> set[Path]:
+    """Those that `last` may mean."""
+    folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)]  # type: ignore[attr-defined]
+    return {folder / "last.ckpt" for folder in folders if (folder / "last.ckpt").exists()}
 
 
 class FDFOCLI(LightningCLI):
@@ -148,9 +162,8 @@ class FDFOCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """`fit` and `validate`."""
-        every = LightningCLI.subcommands()
-        return {name: every[name] for name in ("fit", "validate")}
+        """What Lightning can do with a module and data."""
+        return LightningCLI.subcommands()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The module's seed is `seed_everything`; a flow without a class is the one that `pretrained` says."""
@@ -158,16 +171,28 @@ class FDFOCLI(LightningCLI):
         parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
 
     def before_instantiate_classes(self) -> None:
-        """A job that SLURM has queued anew goes on with its run, by the command that it was started with.
+        """Finds what `--ckpt_path` names.
+
+        A job that SLURM has queued anew goes on with its run, by the command that it was started with.
 
         Raises:
-            ConfigurationError: `--ckpt_path` is neither a file nor `last`.
+            ConfigurationError: there is no such thing.
         """
         config = self.config.get(str(self.subcommand), self.config)
         ckpt_path = config.get("ckpt_path")
+        self.lora_file = None
+        if self.subcommand in JUDGING:
+            if ckpt_path and ckpt_path != "last":
+                self.lora_file = find_lora(ckpt_path)
+            config.ckpt_path = None if self.lora_file is not None else ckpt_path
+            return
         if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).is_file():
             raise ConfigurationError(f"--ckpt_path: expected a file, or last, got {ckpt_path}")
-        if self.subcommand != "fit" or ckpt_path or not is_requeued():
+        if str(ckpt_path).endswith(".safetensors"):
+            raise ConfigurationError(
+                f"--ckpt_path: expected a checkpoint, got {ckpt_path}; start from a LoRA by --model.lora.init_lora"
+            )
+        if ckpt_path or not is_requeued():
             return
         folder = Path(config.trainer.default_root_dir or ".")
         if (folder / RECORD).exists():
@@ -186,6 +211,19 @@ class FDFOCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""
 
+    def instantiate_classes(self) -> None:
+        """Builds all; a LoRA that is to be judged takes the place of the configuration's."""
+        super().instantiate_classes()
+        self.model.lora_file = self.lora_file
+
+    def test(self, **options: Any) -> None:
+        """`Trainer.test`, with our table for Lightning's."""
+        self.trainer.test(**options | {"verbose": False})
+
+    def predict(self, **options: Any) -> None:
+        """`Trainer.predict`, which keeps no images: they are on disk."""
+        self.trainer.predict(**options | {"return_predictions": False})
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds atomic checkpoints, and Lightning's plain progress bar, unless the configuration has its own."""
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -193,9 +231,12 @@ class FDFOCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(trainer.get("callbacks")))
-        self.trainer_defaults["callbacks"] = [SLURMRequeue()]
+        writers: dict[str, list[Callback]] = {"test": [MetricsWriter()], "predict": [ImageWriter()]}
+        self.trainer_defaults["callbacks"] = [SLURMRequeue(), *writers.get(str(self.subcommand), [])]
         if trainer.get("enable_progress_bar") is not False and not has_bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar())
+        if self.subcommand in ("test", "predict"):  # they write folders of their own, and nothing into a run's logs
+            kwargs["logger"] = False
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""PromptDataModule: prompts for training and for validation, checked before any model is loaded."""
+"""PromptDataModule: prompts to train on and to judge by, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from lightning_fdfo.prompts import Prompt, read_prompts
 
 
 class IndexedPrompt(NamedTuple):
-    """A validation prompt and its place in the file; its latents are a function of the place."""
+    """A prompt to paint and its place in the file; latents are a function of place and repeat."""
 
     place: int
     prompt: Prompt
     counted: bool = True
     """False for one that only keeps a device busy while the others paint theirs."""
+    repeat: int = 0
+    """Which of the prompt's images."""
 
 
 class PromptBatches:
-    """A device's validation prompts, in the file's order: a block of them, as many for each device.
+    """A device's prompts, in the file's order, each as often as it is painted: a block, as many for each device.
 
     The last device's are filled up with its last prompt, which counts once: sharded weights want as many forwards on
     each, and Lightning's own sampler would count prompts twice.
 
     Args:
         prompts: all of them.
-        batch_size: prompts a forward.
+        batch_size: images a forward.
         rank: the device's number.
         world_size: of devices.
+        repeats: images a prompt.
 
     Example:
         >>> prompts = [Prompt(text, "", {}, "") for text in "abc"]
@@ -39,11 +42,15 @@ class PromptBatches:
         [(2, True), (2, False)]
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, rank: int, world_size: int) -> None:
-        share = -(-len(prompts) // world_size)
-        last = len(prompts) - 1
-        places = range(rank * share, (rank + 1) * share)
-        self.rows = [IndexedPrompt(min(place, last), prompts[min(place, last)], place <= last) for place in places]
+    def __init__(
+        self, prompts: Sequence[Prompt], batch_size: int, rank: int, world_size: int, repeats: int = 1
+    ) -> None:
+        count = len(prompts) * repeats
+        share = -(-count // world_size)
+        self.rows = []
+        for number in range(rank * share, (rank + 1) * share):
+            place, repeat = divmod(min(number, count - 1), repeats)
+            self.rows.append(IndexedPrompt(place, prompts[place], number < count, repeat))
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -55,28 +62,59 @@ class PromptBatches:
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts for training and for validation. It reads files; the model makes images of them.
+    """Prompts to train on, and to judge by. It reads files; the model makes images of them.
 
     Args:
         train: prompt file that rollouts draw from.
         val: prompt file that validation paints with fixed latents; None validates on nothing.
-        val_batch_size: images a forward in validation, a device.
+        val_batch_size: images a forward in validation, test and prediction, a device.
+        test: prompt file for `test`; None takes `val`.
+        predict: prompt file for `predict`; None takes `val`.
+        images_per_prompt: in `test` and `predict`, each from latents of its own; the first is validation's. More only
+            add images: those that were there stay.
 
     Raises:
-        ConfigurationError: at set-up, before any model is loaded: see `read_prompts`.
+        ConfigurationError: `images_per_prompt` below 1; at set-up, before any model is loaded: see `read_prompts`.
     """
 
-    def __init__(self, train: str, val: str | None = None, val_batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        val_batch_size: int = 64,
+        test: str | None = None,
+        predict: str | None = None,
+        images_per_prompt: int = 1,
+    ) -> None:
         super().__init__()
+        if images_per_prompt < 1:
+            raise ConfigurationError(f"data.images_per_prompt: expected at least 1, got {images_per_prompt}")
         self.train_path = train
         self.val_path = val
         self.val_batch_size = val_batch_size
+        self.test_path = test or val
+        self.predict_path = predict or val
+        self.images_per_prompt = images_per_prompt
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
+        self.judged_prompts: list[Prompt] = []
+        """Of `test` or `predict`."""
 
     def setup(self, stage: str) -> None:
         """Reads the files, and lets the model's rewards check each prompt."""
-        model = self.trainer.lightning_module if self.trainer else None
+        if stage in ("fit", "validate"):
+            self._read_for_fit(stage)
+        else:
+            path = self.test_path if stage == "test" else self.predict_path
+            if path is None:
+                option = "data.test" if stage == "test" else "data.predict"
+                raise ConfigurationError(f"{option}: expected a prompt file, got none, nor data.val")
+            self.judged_prompts = read_prompts(path)
+        check = getattr(self.trainer.lightning_module if self.trainer else None, "check_prompts", None)
+        if check is not None:
+            check(self.train_prompts, [*self.val_prompts, *self.judged_prompts])
+
+    def _read_for_fit(self, stage: str) -> None:
         if stage == "fit":
             self.train_prompts = read_prompts(self.train_path)
         if self.val_path is not None:
@@ -85,9 +123,6 @@ class PromptDataModule(LightningDataModule):
             raise ConfigurationError("data.val: expected a prompt file to validate on, got none")
         elif self.trainer is not None:
             self.trainer.limit_val_batches = 0  # Lightning's own way to train without validation
-        check = getattr(model, "check_prompts", None)
-        if check is not None:
-            check(self.train_prompts, self.val_prompts)
 
     def train_dataloader(self) -> Iterable[Any]:
         """The rollouts that the model makes of the training prompts."""
@@ -96,6 +131,16 @@ class PromptDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Iterable[Any]:
         """Batches of `IndexedPrompt`s, in the file's order; each device has its share."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return PromptBatches(self.val_prompts, self.val_batch_size, rank, world_size)
+        return self._batches(self.val_prompts, 1)
+
+    def test_dataloader(self) -> Iterable[Any]:
+        """The same of the test's prompts, each `images_per_prompt` times."""
+        return self._batches(self.judged_prompts, self.images_per_prompt)
+
+    def predict_dataloader(self) -> Iterable[Any]:
+        """The same of the prompts to paint."""
+        return self._batches(self.judged_prompts, self.images_per_prompt)
+
+    def _batches(self, prompts: Sequence[Prompt], repeats: int) -> PromptBatches:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return PromptBatches(prompts, self.val_batch_size, rank, world_size, repeats)

@@ -118,6 +118,8 @@ def before_loading(
         module.flow.check, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
     )
     yield _tried(module.fetch_weights, f"the weights of {', '.join(module.rewards.terms)} are here")
+    if module.embedder is not None:
+        yield _tried(module.embedder.fetch, f"the weights of {module.evaluation.diversity}, for diversity, are here")
     yield from _prompts(module, data)
     try:
         yield Finding(True, str(module.plan))
@@ -135,7 +137,8 @@ def _tried(function: Callable[[], Any], text: str) -> Finding:
 
 def _prompts(module: FDFOModule, data: PromptDataModule) -> Iterator[Finding]:
     """Whether each row has what the rewards need, and the metrics for validation."""
-    for path, train in ((data.train_path, True), (data.val_path, False)):
+    files = {data.train_path: True, data.val_path: False, data.test_path: False}
+    for path, train in files.items():
         if path is None:
             continue
         try:

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.lora import LoRA, bind_lora
+from lightning_fdfo.lora import LoRA, bind_lora, fill_lora, lora_in_file
 
 Guidance = Literal["classifier-free", "embedded", "none"]
 """By a second forward with the negative prompt, as an input that the model was distilled on, or not at all."""
@@ -151,13 +151,32 @@ class FlowModel(nn.Module, ABC):
     def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str], device: torch.device) -> None:
         """Called before `load` with texts that the run will encode; a model may encode them now, once for all."""
 
+    def read_lora(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """The weights of a diffusers LoRA file, as `transformer.LAYER.lora_A.weight` and so on, and its metadata."""
+        raise ConfigurationError(f"LoRA {file}: {type(self).__name__} cannot read LoRA files")
+
     def load_lora(self, file: Path) -> None:
-        """Copies the weights of a diffusers LoRA file into the LoRA that `add_lora` has made.
+        """Copies a file's weights into the LoRA that `add_lora` has made, scaled so that they do what they did.
 
         Raises:
             ConfigurationError: they do not fit it.
         """
-        raise ConfigurationError(f"lora.init_lora: {type(self).__name__} cannot start from a LoRA file")
+        fill_lora(self.transformer, *self.read_lora(file), file)
+
+    def adopt_lora(self, file: Path) -> LoRA:
+        """Adds the LoRA that a file holds, of whatever rank and on whatever layers.
+
+        Returns:
+            Its settings.
+
+        Raises:
+            ConfigurationError: the file holds no LoRA of this transformer's.
+        """
+        state, metadata = self.read_lora(file)
+        lora = lora_in_file(state, metadata, file)
+        bind_lora(self.transformer, lora, lora.targets or (), seed=0)
+        fill_lora(self.transformer, state, metadata, file)
+        return lora
 
     def add_lora(self, lora: LoRA, seed: int) -> list[str]:
         """Adds a LoRA to the loaded transformer and makes it the only thing that trains, in float32.

@@ -59,16 +59,8 @@ class LoRA:
 
     def check_file(self) -> None:
         """Raises ConfigurationError if there is an `init_lora` that is no safetensors file; reads its header alone."""
-        if self.init_lora is None:
-            return
-        try:
-            with safe_open(self.init_lora, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ConfigurationError(
-                "lora.init_lora: expected a .safetensors file by diffusers' save_lora_weights, "
-                f"got {self.init_lora}: {error}"
-            ) from error
+        if self.init_lora is not None:
+            check_lora_file(Path(self.init_lora), "lora.init_lora")
 
     @property
     def scale(self) -> float:
@@ -79,6 +71,55 @@ class LoRA:
             (2.0, 8.0)
         """
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+def check_lora_file(file: Path, option: str) -> None:
+    """Raises ConfigurationError, with the option's name, if a file is no safetensors file; reads its header alone."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(
+            f"{option}: expected a .safetensors file by diffusers' save_lora_weights, got {file}: {error}"
+        ) from error
+
+
+def lora_in_file(state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: Path) -> LoRA:
+    """The settings of the LoRA that a file holds.
+
+    Args:
+        state: the file's, as `fill_lora` takes it.
+        metadata: the file's.
+        file: for messages.
+
+    Raises:
+        ConfigurationError: there is no LoRA in it, or one of several ranks.
+
+    Example:
+        >>> parts = {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}
+        >>> state = {f"transformer.to_q.{part}.weight": value for part, value in parts.items()}
+        >>> found = lora_in_file(state, {"lora_alpha": 2}, Path("mine.safetensors"))
+        >>> found.rank, found.alpha, found.targets
+        (4, 2, ('to_q',))
+    """
+    ending = ".lora_A.weight"
+    ranks = {
+        name.removeprefix("transformer.").removesuffix(ending): value.shape[0]
+        for name, value in state.items()
+        if name.endswith(ending)
+    }
+    if len(set(ranks.values())) != 1:
+        found = f"of the ranks {sorted(set(ranks.values()))}" if ranks else "none"
+        raise ConfigurationError(f"LoRA {file}: expected one of one rank for the transformer, got {found}")
+    settings = {name.removeprefix("transformer."): value for name, value in metadata.items()}
+    rank = next(iter(ranks.values()))
+    return LoRA(
+        rank=rank,
+        alpha=settings.get("lora_alpha", rank),
+        targets=tuple(ranks),
+        dora=any(".lora_magnitude_vector" in name for name in state),
+        rslora=settings.get("use_rslora", False),
+    )
 
 
 def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -> list[str]:
@@ -156,7 +197,7 @@ def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[s
     foreign = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
     if foreign:
         raise ConfigurationError(
-            f"lora.init_lora: {file} holds weights named {', '.join(f'{name}.…' for name in foreign)}, expected "
+            f"LoRA {file} holds weights named {', '.join(f'{name}.…' for name in foreign)}, expected "
             "transformer.… alone; save it again by diffusers' save_lora_weights, without text encoders"
         )
     given = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -167,7 +208,7 @@ def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[s
         if name not in own or name not in given or own[name].shape != given[name].shape:
             has, needs = (tuple(names[name].shape) if name in names else "nothing" for names in (given, own))
             raise ConfigurationError(
-                f"lora.init_lora: {file} does not fit the LoRA of rank {rank}: it has {has} for {name}, "
+                f"LoRA {file} does not fit the LoRA of rank {rank}: it has {has} for {name}, "
                 f"expected {needs}; set lora.rank, lora.targets and lora.dora as it was trained"
             )
     settings = {name.removeprefix(prefix): value for name, value in metadata.items()}

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -26,6 +28,10 @@ from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_settings, check_weights
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
+from lightning_fdfo.evaluation.base_weights import BaseWeights, has_lora
+from lightning_fdfo.evaluation.comparison import Comparison, Painted, Row
+from lightning_fdfo.evaluation.embedders import named_embedder
+from lightning_fdfo.evaluation.settings import Evaluation
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.judgement import Judgement, gather, judge, own_rows
 from lightning_fdfo.lora import LoRA, dropout_layers
@@ -83,6 +89,7 @@ class FDFOModule(LightningModule):
             training, whose gradient keeps its scale, and of all numbers.
         max_dropped: share of an epoch's pairs that may be dropped before the run stops, in [0, 1).
         max_skipped: >= 0; updates in a row that may be skipped because their gradient is not finite.
+        evaluation: what `test` computes.
         seed: >= 0; prompts, latents, noise and the LoRA's start are a function of it. The command line takes it
             from `seed_everything`.
 
@@ -115,6 +122,7 @@ class FDFOModule(LightningModule):
         on_reward_error: Literal["raise", "drop_pair"] = "raise",
         max_dropped: float = 0.1,
         max_skipped: int = 3,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -133,7 +141,13 @@ class FDFOModule(LightningModule):
         self.on_reward_error = on_reward_error
         self.max_dropped = max_dropped
         self.max_skipped = max_skipped
+        self.evaluation = evaluation
+        self.embedder = named_embedder(evaluation.diversity) if evaluation.diversity is not None else None
         self.seed = seed
+        self.lora_file: Path | None = None
+        """To validate, test or predict with instead of the configuration's LoRA."""
+        self.comparison: list[Row] = []
+        """What the last `test` has computed."""
         self.strict_loading = False  # a checkpoint holds what trains; check_weights is strict about that
         self._on_device: torch.device | None = None
         self._texts: list[Prompt] = []
@@ -144,6 +158,8 @@ class FDFOModule(LightningModule):
         self._unjudged: set[str] = set()
         self._skipped = 0
         self._training_started = 0.0
+        self._base: BaseWeights | None = None
+        self._comparison: Comparison | None = None
         taken = {"reward"} & set(self.rewards.terms)
         if self.metrics is not None:
             taken |= {"reward", *self.rewards.terms} & set(self.metrics.terms)
@@ -174,10 +190,19 @@ class FDFOModule(LightningModule):
             self.fetch_weights()
 
     def fetch_weights(self) -> None:
-        """Finds the rewards' weights, and fetches what is missing."""
+        """Finds the weights of rewards, metrics and, for `test`, the embedder; fetches what is missing."""
+        if self._command == TrainerFn.PREDICTING:  # it needs no reward
+            return
         self.rewards.fetch()
         if self.metrics is not None:
             self.metrics.fetch()
+        if self.embedder is not None and self._command == TrainerFn.TESTING:
+            self.embedder.fetch()
+
+    @property
+    def _command(self) -> TrainerFn | None:
+        """What the trainer does; None without one."""
+        return None if self._trainer is None else self._trainer.state.fn
 
     def setup(self, stage: str) -> None:
         """Checks the model's folder, finds the rewards' weights and derives the batch arithmetic."""
@@ -192,6 +217,10 @@ class FDFOModule(LightningModule):
             self.lora.check_file()
         elif getattr(self.flow, "quantization", None) is not None:
             raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
+        if stage == "test" and self.embedder is not None:
+            images = getattr(self.trainer.datamodule, "images_per_prompt", None)  # type: ignore[attr-defined]
+            if images == 1:
+                raise ConfigurationError("evaluation.diversity: expected data.images_per_prompt of at least 2, got 1")
         self.fetch_weights()
         if stage == "fit":
             plan = self.plan
@@ -218,6 +247,8 @@ class FDFOModule(LightningModule):
     def check_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt]) -> None:
         """Raises ConfigurationError, with file and line, if a prompt goes to a reward that cannot score it."""
         self._texts = [*train, *val]
+        if self._command == TrainerFn.PREDICTING:  # it needs no reward
+            return
         mixes = [(self.rewards, [*train, *val])] + ([] if self.metrics is None else [(self.metrics, list(val))])
         names = [name for mix, _ in mixes for name in mix.terms]
         for mix, prompts in mixes:
@@ -240,6 +271,8 @@ class FDFOModule(LightningModule):
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             shard(self.flow, self.device_mesh)
+        if self._command == TrainerFn.TESTING and self.evaluation.base:
+            self._base = BaseWeights(self.flow.transformer)
 
     def _load(self) -> None:
         self.flow.load()
@@ -250,7 +283,10 @@ class FDFOModule(LightningModule):
             )
         # Eval mode is meant: rollout and training must see the same velocities.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
-        if self.lora is not None:
+        if self.lora_file is not None:
+            adopted = self.flow.adopt_lora(self.lora_file)
+            rank_zero_info(f"LoRA of rank {adopted.rank} from {self.lora_file}")
+        elif self.lora is not None:
             bound = self.flow.add_lora(self.lora, self.seed)
             self._dropouts = dropout_layers(self.flow.transformer)
             rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
@@ -517,11 +553,19 @@ class FDFOModule(LightningModule):
             `reward`, is left out before the first rollout if a term is divided by its deviation: nobody knows it yet. A
             name that no validation prompt goes to is left out; one that a prompt does not go to is NaN there.
         """
-        prompts = [row.prompt for row in batch]
-        images = paint(
-            self.flow, prompts, [row.place for row in batch], seed=self.seed, sampling=self.sampling, device=self.device
-        )
-        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        images, scores = self._painted(batch)
+        prompts = [row.prompt.text for row in batch if row.counted]
+        count = len(prompts)  # the others come last
+        scores = {name: value[:count] for name, value in scores.items()}
+        for name, value in scores.items():
+            scored = value[value.isfinite()]
+            self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
+        return {"images": images[:count].cpu(), "prompts": prompts, "scores": scores}
+
+    def _painted(self, batch: Sequence[IndexedPrompt]) -> Painted:
+        """Images of all rows, and their scores."""
+        images = self._paint(batch)
+        texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
         drop = self.on_reward_error == "drop_pair"
         to = routes(self.rewards.terms, metadata)
         terms = self.rewards(images, texts, metadata, drop, to)
@@ -529,12 +573,65 @@ class FDFOModule(LightningModule):
         scores = ({"reward": self.rewards.total(terms, to, self.current_epoch)} if known else {}) | terms
         if self.metrics is not None:
             scores |= self.metrics(images, texts, metadata, drop, routes(self.metrics.terms, metadata))
-        counted = sum(row.counted for row in batch)  # the others come last
-        scores = {name: value[:counted] for name, value in scores.items() if name not in self._unjudged}
-        for name, value in scores.items():
-            scored = value[value.isfinite()]
-            self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
-        return {"images": images[:counted].cpu(), "prompts": texts[:counted], "scores": scores}
+        return Painted(images, {name: value for name, value in scores.items() if name not in self._unjudged})
+
+    def _paint(self, batch: Sequence[IndexedPrompt]) -> Tensor:
+        return paint(
+            self.flow,
+            [row.prompt for row in batch],
+            [row.place for row in batch],
+            seed=self.seed,
+            sampling=self.sampling,
+            device=self.device,
+            repeats=[row.repeat for row in batch],
+        )
+
+    # Test and prediction
+
+    def on_test_start(self) -> None:
+        """Puts all on the device, and begins to compare.
+
+        Raises:
+            ConfigurationError: the whole transformer has been trained already, and the base's weights are gone.
+        """
+        self.place()
+        if self.embedder is not None:
+            self.embedder.setup(self.device)
+        if self.evaluation.base and self._base is None:
+            if not has_lora(self.flow.transformer):
+                raise ConfigurationError(
+                    "evaluation.base: the whole transformer has been trained, and the base's weights are gone; "
+                    "test a new module with ckpt_path, or set evaluation.base false"
+                )
+            self._base = BaseWeights(self.flow.transformer)
+        mixes = [self.rewards] if self.metrics is None else [self.rewards, self.metrics]
+        better = {name: reward.higher_is_better for mix in mixes for name, reward in mix.rewards.items()}
+        self._comparison = Comparison(self.evaluation, {"reward": True} | better, self.embedder, self.seed, self.device)
+
+    def test_step(self, batch: list[IndexedPrompt], batch_idx: int) -> None:
+        """Paints the prompts by the weights that are judged and by the base's, from the same latents; compares."""
+        tuned, base = self._painted(batch), None
+        if self.evaluation.base and self._base is not None:
+            with self._base.in_place():
+                base = self._painted(batch)
+        assert self._comparison is not None
+        self._comparison.update([row.place for row in batch if row.counted], tuned, base)
+
+    def on_test_epoch_end(self) -> None:
+        """Computes all numbers over all devices, for `comparison`, and logs the means as `test/NAME`."""
+        assert self._comparison is not None
+        self.comparison = self._comparison.compute()
+        means = {f"test/{row.name}": row.tuned.mean for row in self.comparison}
+        self.log_dict(means, sync_dist=self.trainer.world_size > 1)
+
+    def on_predict_start(self) -> None:
+        """Puts text encoders and VAE on the device."""
+        self.flow.to_device(self.device)
+
+    def predict_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:
+        """Paints the prompts: `images` [N, 3, H, W] on the CPU, and their `rows`, of those that count."""
+        rows = [row for row in batch if row.counted]
+        return {"images": self._paint(batch)[: len(rows)].cpu(), "rows": rows}
 
     # Checkpoints: only what trains
 

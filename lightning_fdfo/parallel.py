@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn import Module
 
 from lightning_fdfo.errors import ConfigurationError
 
@@ -57,6 +58,16 @@ def shard(flow: FlowModel, mesh: DeviceMesh) -> None:
     for block in flow.blocks:
         fully_shard(block, mesh=devices)
     fully_shard(flow.transformer, mesh=devices)
+
+
+def reshard(transformer: Module) -> None:
+    """Lets go of weights that a forward has gathered: FSDP2 keeps the root's until the next one.
+
+    Until then `parameters()` gives them whole, and what is written there is lost.
+    """
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_first_process() -> bool:

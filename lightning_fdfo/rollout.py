@@ -186,18 +186,23 @@ def paint(
     seed: int,
     sampling: Sampling,
     device: torch.device,
+    repeats: Sequence[int] | None = None,
 ) -> Tensor:
     """Images for prompts from fixed latents, without churn: [N, 3, H, W] in [0, 1].
 
     Args:
         flow: the model, loaded.
         prompts: N prompts.
-        indices: N numbers; image i's latents are a function of (seed, indices[i]).
+        indices: N numbers; image i's latents are a function of (seed, indices[i], repeats[i]).
         seed: the run's.
         sampling: settings; churn is not used.
         device: where the model is.
+        repeats: N numbers that tell the images of one prompt apart; None for the first of each.
     """
-    generators = [generator(Stream.VALIDATION, seed, index=index) for index in indices]
+    repeats = [0] * len(indices) if repeats is None else repeats
+    generators = [
+        generator(Stream.VALIDATION, seed, repeat, index) for index, repeat in zip(indices, repeats, strict=True)
+    ]
     latents = stack_normal(generators, *flow.latent_shape(sampling.height, sampling.width)).to(device)
     conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, len(prompts)).to(device)
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)

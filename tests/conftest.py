@@ -125,6 +125,27 @@ def fit(tmp_path: Path, prompts_file: Path) -> Callable[..., Trainer]:
     return run
 
 
+@pytest.fixture
+def judge(tmp_path: Path, prompts_file: Path) -> Callable[..., Any]:
+    """Runs `test`, `predict` or `validate` on the five prompts and returns what the trainer gives."""
+
+    def run(module: FDFOModule, command: str = "test", ckpt_path: str | None = None, **options: Any) -> Any:
+        settings: dict[str, Any] = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": tmp_path,
+            "plugins": [AtomicCheckpointIO()],
+        }
+        images = options.pop("images_per_prompt", 3)
+        data = PromptDataModule("", str(prompts_file), val_batch_size=4, images_per_prompt=images)
+        return getattr(Trainer(**(settings | options)), command)(module, data, ckpt_path=ckpt_path)
+
+    return run
+
+
 def trainable(module: FDFOModule) -> dict[str, Tensor]:
     """A copy of what trains."""
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}

@@ -1,10 +1,12 @@
 """The pages in docs/: their Python runs, their commands and configurations parse, what they name exists."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,9 @@ def adapters(monkeypatch):
     monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search("lightning-fdfo (fit|validate)", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(f"lightning-fdfo ({'|'.join(FDFOCLI.subcommands())})", c)]
+)
 def test_commands_parse(command, monkeypatch, capsys):
     assert run(f"{command} --print_config", monkeypatch) == 0, capsys.readouterr().err
 
@@ -124,7 +128,8 @@ def test_every_block_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page not in ("adapters.md", "mixing.md") and blocks(page, "python")]
+    "page",
+    [page for page in PAGES if page not in ("adapters.md", "evaluation.md", "mixing.md") and blocks(page, "python")],
 )
 def test_python_runs(page, package, tmp_path, monkeypatch):
     """In order, in one namespace; with a LoRA in the place that the first run leaves one, and a reward's weights."""
@@ -255,3 +260,36 @@ def test_files_that_the_pages_name_exist():
             assert target.startswith("http") or (ROOT / "docs" / target).exists(), f"{page}: {target}"
         for name in re.findall(r"`class_path: (\w+)`", text):
             assert hasattr(lightning_fdfo.flows, name), f"{page}: {name}"
+
+
+def test_the_evaluation_on_the_page_is_one(tmp_path, monkeypatch):
+    """Laid over the quick start it is built without a network, and each value that it names arrives."""
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(blocks("evaluation.md", "yaml")[0], encoding="utf-8")
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    built = []
+    monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: built.append(self))
+    FDFOCLI(["test", "--config=configs/quickstart.yaml", f"--config={overlay}"])
+    (cli,) = built
+    assert asdict(cli.model.evaluation) == wanted["model"]["evaluation"]
+    assert set(cli.model.metrics.terms) >= {"CLIPScore"}
+    assert cli.datamodule.test_path == wanted["data"]["test"]
+    assert cli.datamodule.images_per_prompt == wanted["data"]["images_per_prompt"]
+
+
+def test_an_image_says_how_it_was_made_as_on_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
+    few = ["--trainer.limit_predict_batches=1", "--data.val_batch_size=1", "--model.sampling.num_steps=1"]
+    folder = f"--trainer.default_root_dir={tmp_path / 'runs/mine'}"
+    main(["predict", "--config=configs/quickstart.yaml", folder, "--trainer.enable_progress_bar=false", *few])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("evaluation.md", "python")[0], {})
+    assert capsys.readouterr().out == '"5600" in green 0 0 0\n'
+    listed = json.loads((tmp_path / "runs/mine/predict/0/images.jsonl").read_text(encoding="utf-8"))
+    last = PAGES["evaluation.md"].split("```")[-1]
+    for name in listed.keys() - {"file", "sha256"}:
+        assert f"`{name}`" in last

@@ -238,6 +238,23 @@ def test_validation_scores_rewards_and_metrics(toy_module, fit, tmp_path):
     assert not torch.equal(seen[0]["images"], seen[2]["images"])
 
 
+def test_validation_paints_the_same_images_in_every_epoch(toy_module, fit, prompts_file):
+    """As long as the weights stay where they are, whatever the churn of rollouts."""
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
+            seen.append(outputs["images"])
+
+    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    for churn in (0.1, 0.9):
+        sampling = Sampling(num_steps=4, height=2, width=2, churn=churn)
+        module = toy_module(optimizer=still, sampling=sampling)
+        fit(module, 3, val=str(prompts_file), callbacks=[Watch()], num_sanity_val_steps=-1)
+    assert len(seen) == 8
+    assert all(torch.equal(images, seen[0]) for images in seen)
+
+
 def test_prompts_are_checked_with_file_and_line_before_the_model_loads(toy_module, fit, prompts_file):
     flow = ToyFlow()
     with pytest.raises(ConfigurationError, match=r"prompts\.txt:1: OCR needs"):

@@ -25,7 +25,8 @@ COMMANDS = [line.split("  #")[0].strip() for block in blocks("bash") for line in
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith(("lightning-fdfo fit", "lightning-fdfo validate"))]
+    "command",
+    [c for c in COMMANDS if c.startswith(tuple(f"lightning-fdfo {w}" for w in ("fit", "validate", "test", "predict")))],
 )
 def test_commands_parse(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

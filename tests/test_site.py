@@ -73,6 +73,7 @@ def test_every_option_of_the_parser_is_there(parser, documented):
         "model": "FDFOModule",
         "model.sampling": "Sampling",
         "model.objective": "Objective",
+        "model.evaluation": "Evaluation",
         "data": "PromptDataModule",
     }
     page = (ROOT / "docs/options.md").read_text(encoding="utf-8")

@@ -3,7 +3,9 @@
 from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.curves import Curves
 from lightning_fdfo.callbacks.ema import EMA
+from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.lora_export import LoRAExport
+from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
 from lightning_fdfo.callbacks.pair_gallery import PairGallery
 from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
@@ -15,7 +17,9 @@ __all__ = [
     "Band",
     "BeforeAfter",
     "Curves",
+    "ImageWriter",
     "LoRAExport",
+    "MetricsWriter",
     "PairGallery",
     "PairLog",
     "RewardHackingMonitor",

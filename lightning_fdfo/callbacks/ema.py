@@ -113,7 +113,7 @@ class EMA(Callback):
         """Swaps the average in; a checkpoint that is written before it is out again still holds the weights."""
         if not self.num_updates:
             return
-        if trainer.state.fn == TrainerFn.VALIDATING:  # nothing else has brought a checkpoint's average to the device
+        if trainer.state.fn != TrainerFn.FITTING:  # nothing else has brought a checkpoint's average to the device
             self._start(pl_module)
         self._swap_in(pl_module)
 
@@ -124,6 +124,22 @@ class EMA(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swaps the weights back, before ModelCheckpoint, which is always last among callbacks, writes them."""
+        self._swap_back(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for a validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As after one."""
+        self._swap_back(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for a validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As after one."""
         self._swap_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 
@@ -47,11 +49,20 @@ def pixels(images: Tensor) -> NDArray[np.uint8]:
     return bytes_
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a PNG under a temporary name and renames it: it is whole, or as it was; makes its folder if need be."""
+def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a PNG under a temporary name and renames it: it is whole, or as it was; makes its folder if need be.
+
+    Args:
+        image: to write.
+        path: its file.
+        texts: keyword -> text, for the PNG's text chunks (iTXt, which is UTF-8).
+    """
+    chunks = PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_itxt(keyword, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="png")
+    image.save(partial, format="png", pnginfo=chunks)
     partial.replace(path)
 
 

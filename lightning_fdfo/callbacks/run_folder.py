@@ -15,6 +15,26 @@ def run_folder(trainer: Trainer) -> Path:
     return folder
 
 
+def numbered_folder(parent: Path) -> Path:
+    """A new folder `0`, `1`, … below a parent: the first number that is above all there are.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     [numbered_folder(Path(folder) / "test").name for _ in range(2)]
+        ['0', '1']
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) + 1 for path in parent.iterdir() if path.name.isdecimal()), default=0)
+    while True:
+        try:
+            (parent / str(number)).mkdir()
+        except FileExistsError:  # another process was quicker
+            number += 1
+        else:
+            return parent / str(number)
+
+
 def is_inside(path: str) -> bool:
     """Whether a path leads to something below the folder that it is joined to.
 

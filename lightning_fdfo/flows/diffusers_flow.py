@@ -31,7 +31,6 @@ from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
 from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
-from lightning_fdfo.lora import fill_lora
 from lightning_fdfo.parallel import is_first_process, whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
@@ -440,8 +439,8 @@ class DiffusersFlow(Adapter, FlowModel):
             folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
         )
 
-    def load_lora(self, file: Path) -> None:
-        """Copies a file's weights into the LoRA, scaled so that it does what it did."""
+    def read_lora(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """By the pipeline's own `lora_state_dict`, which knows other trainers' formats too."""
         read = self.pipeline_class.lora_state_dict
         options = {"weight_name": file.name, "return_lora_metadata": True}
         if "return_alphas" in inspect.signature(read).parameters:  # it would drop them, were they not asked for
@@ -451,7 +450,7 @@ class DiffusersFlow(Adapter, FlowModel):
         own = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
         each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
         own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
-        fill_lora(self.pipeline.transformer, state, own, file)
+        return state, own
 
 
 def _source(function: Any) -> str:

@@ -1,0 +1,153 @@
+"""What `test` computes: all numbers of the weights that are judged, of the base model, and of their difference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fdfo.evaluation.diversity import Distances, Diversity
+from lightning_fdfo.evaluation.embedders import Embedder
+from lightning_fdfo.evaluation.image_statistics import image_statistics
+from lightning_fdfo.evaluation.prompt_mean import Mean, PromptMean, prompt_mean
+from lightning_fdfo.evaluation.settings import Evaluation
+from lightning_fdfo.evaluation.win_rate import WinRate, WinRates
+
+DIVERSITY = "diversity"
+SIDES = ("tuned", "base", "difference")
+
+
+class Painted(NamedTuple):
+    """Images of a batch, and what rewards and metrics say of them."""
+
+    images: Tensor
+    """[N, 3, H, W]"""
+    scores: dict[str, Tensor]
+    """name -> [N]; NaN where there is none"""
+
+
+class Estimate(NamedTuple):
+    """A mean over images."""
+
+    mean: float
+    standard_error: float
+    """over prompts, see `prompt_mean`"""
+
+
+class Row(NamedTuple):
+    """A number that `test` computes; None where there is no base to compare with, or neither is better."""
+
+    name: str
+    tuned: Estimate
+    base: Estimate | None
+    difference: Estimate | None
+    win_rate: WinRate | None
+
+
+class Comparison:
+    """Collects batches on each device, and compares over all.
+
+    Args:
+        evaluation: what is computed.
+        higher_is_better: of the scores for which wins are counted.
+        embedder: set up; None leaves diversity out.
+        seed: of the bootstrap.
+        device: where the numbers wait: that of the strategy, which gathers them.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        higher_is_better: Mapping[str, bool],
+        embedder: Embedder | None,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.evaluation = evaluation
+        self.higher_is_better = higher_is_better
+        self.embedder = embedder
+        self.names: list[str] = []
+        self.compared: list[str] = []
+        """Names for which wins are counted."""
+        sides = SIDES if evaluation.base else SIDES[:1]
+        self._means = {side: PromptMean() for side in sides}
+        self._diversities = {side: Diversity() for side in sides[:2] if embedder is not None}
+        self._wins = WinRates(evaluation.confidence, evaluation.num_resamples, seed) if evaluation.base else None
+        wins: list[Metric] = [] if self._wins is None else [self._wins]
+        for metric in (*self._means.values(), *self._diversities.values(), *wins):
+            metric.to(device)
+
+    def update(self, prompts: Sequence[int], tuned: Painted, base: Painted | None) -> None:
+        """Adds a batch.
+
+        Args:
+            prompts: C numbers of prompts.
+            tuned: by the weights that are judged; N >= C images, of which the first C count.
+            base: by the base model, from the same latents; None if it is left out.
+        """
+        numbers, counted = torch.tensor(prompts, dtype=torch.long), slice(len(prompts))
+        painted = {"tuned": tuned} | ({} if base is None else {"base": base})
+        values = {side: _values(each, counted) for side, each in painted.items()}
+        self.names = list(values["tuned"])
+        self.compared = [name for name in self.names if name in self.higher_is_better]
+        columns = {side: _columns(each, self.names) for side, each in values.items()}
+        if base is not None:
+            columns["difference"] = columns["tuned"] - columns["base"]
+        for side, metric in self._means.items():
+            metric.update(numbers, columns[side])
+        if self._wins is not None:
+            signs = torch.tensor([1.0 if self.higher_is_better[name] else -1.0 for name in self.compared])
+            self._wins.update(numbers, *(signs * _columns(values[side], self.compared) for side in ("tuned", "base")))
+        for side, diversity in self._diversities.items():
+            assert self.embedder is not None
+            diversity.update(numbers, self.embedder(painted[side].images)[counted])
+
+    def compute(self) -> list[Row]:
+        """Over all batches and devices; each device must call it."""
+        means = {side: metric.compute() for side, metric in self._means.items()}
+        rates = {} if self._wins is None else dict(zip(self.compared, self._wins.compute(), strict=True))
+        rows = []
+        for place, name in enumerate(self.names):
+            estimates = [_estimate(means[side], place) if side in means else None for side in SIDES]
+            rows.append(_row(name, estimates, rates.get(name)))
+        if self._diversities:
+            found = {side: metric.compute() for side, metric in self._diversities.items()}
+            rows.append(_row(DIVERSITY, list(_diversities(found)), None))
+        return rows
+
+
+def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
+    statistics = image_statistics(painted.images)
+    values = painted.scores | {f"image/{name}": value for name, value in statistics.items()}
+    return {name: value[counted] for name, value in values.items()}
+
+
+def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The values of some names, [N, K]."""
+    count = len(next(iter(values.values())))
+    return torch.cat([torch.zeros(count, 0), *(values[name].double().cpu()[:, None] for name in names)], dim=1)
+
+
+def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:
+    tuned, base, difference = estimates
+    assert tuned is not None
+    return Row(name, tuned, base, difference, rate)
+
+
+def _estimate(mean: Mean, place: int = 0) -> Estimate:
+    return Estimate(mean.mean[place].item(), mean.standard_error[place].item())
+
+
+def _diversities(found: Mapping[str, Distances]) -> Iterator[Estimate | None]:
+    """Of each side; prompts are as many values."""
+    tuned, base = found["tuned"], found.get("base")
+    distances = [
+        tuned.distances,
+        None if base is None else base.distances,
+        None if base is None else tuned.distances - base.distances,
+    ]
+    for values in distances:
+        yield None if values is None else _estimate(prompt_mean(tuned.prompts, values[:, None]))

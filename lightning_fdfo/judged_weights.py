@@ -1,0 +1,85 @@
+"""Which weights `validate`, `test` and `predict` judge: what `--ckpt_path` may name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flows.registry import HUB_NAME
+from lightning_fdfo.lora import check_lora_file
+from lightning_fdfo.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_fdfo.module import FDFOModule
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""As diffusers names it."""
+EXPECTED = (
+    "expected a checkpoint's file, or last, or a LoRA: a .safetensors file, a folder with "
+    f"{LORA_FILE}, or a hub name like owner/name or owner/name/FILE.safetensors"
+)
+
+_HUB_FILE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/([\w./-]+\.safetensors)")
+
+
+def find_lora(ckpt_path: str) -> Path | None:
+    """The LoRA file that `--ckpt_path` names, fetched from the hub if need be; None for a checkpoint's file.
+
+    Args:
+        ckpt_path: a file, a folder, or a hub name.
+
+    Raises:
+        ConfigurationError: it is none of these, cannot be fetched, or is no safetensors file.
+    """
+    path = Path(ckpt_path).expanduser()
+    if path.is_dir():
+        if not (path / LORA_FILE).is_file():
+            raise ConfigurationError(f"--ckpt_path: {EXPECTED}; {path} holds no {LORA_FILE}{_inside(path)}")
+        path = path / LORA_FILE
+    elif not path.is_file():
+        path = _from_hub(ckpt_path)
+    elif path.suffix != ".safetensors":
+        return None
+    check_lora_file(path, "--ckpt_path")
+    return path
+
+
+def _inside(folder: Path) -> str:
+    """What one may have meant in a run's folder."""
+    likely = (folder / "lora" / LORA_FILE, folder / "checkpoints" / "last.ckpt")
+    found = [str(path) for path in likely if path.is_file()]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _from_hub(name: str) -> Path:
+    in_repository = _HUB_FILE.fullmatch(name)
+    source, file = in_repository.groups() if in_repository else (name, LORA_FILE)
+    if not HUB_NAME.fullmatch(source) or name.endswith(".ckpt"):
+        raise ConfigurationError(f"--ckpt_path: {EXPECTED}; got {name}")
+    try:
+        return Weights(source, (file,)).fetch()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"--ckpt_path: {name} is no file or folder here; on the hub, {error}") from error
+
+
+def describe_judged(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
+    """The base model, and the weights that are judged: `base`, `weights`, and their file's SHA-256.
+
+    Of files here the name is told, not where they lie.
+    """
+    pretrained = str(getattr(module.flow, "pretrained", type(module.flow).__name__))
+    base = {"base": Path(pretrained).name if Path(pretrained).exists() else pretrained}
+    file = module.lora_file or (Path(trainer.ckpt_path) if trainer.ckpt_path else None)
+    if file is None:
+        given = module.lora.init_lora if module.lora is not None else None
+        if given is None:
+            return base | {"weights": "the base model's"}
+        file = Path(given)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return base | {"weights": file.name, "sha256": digest}
