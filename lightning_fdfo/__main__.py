@@ -19,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_fdfo.report import command
 
         raise SystemExit(command.main(words[1:]))
+    if words[:1] == ["export"]:
+        from lightning_fdfo.export import command as export_command
+
+        raise SystemExit(export_command.main(words[1:]))
     if words[:1] == ["serve-reward"]:
         raise SystemExit(_serve_reward(words[1:]))
     if words[:1] == ["doctor"]:

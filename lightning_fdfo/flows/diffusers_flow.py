@@ -256,6 +256,11 @@ class DiffusersFlow(Adapter, FlowModel):
                 names.append(name)
         return [name for name in names if name not in ("self", "scheduler", "transformer", "vae")]
 
+    @property
+    def absent_texts(self) -> list[str]:
+        """Text encoders and tokenizers that the folder lacks, for which plain diffusers must be given None."""
+        return [name for name in self._absent() if name.startswith(("text_encoder", "tokenizer"))]
+
     def _parts(self, *prefixes: str) -> list[str]:
         """Names of the pipeline's parts that start so."""
         parameters = inspect.signature(self.pipeline_class.__init__).parameters

@@ -63,7 +63,7 @@ def render_page(run: RunFiles) -> str:
     environment.filters["number"] = lambda value: f"{value:.4g}"
     return environment.get_template("template.html").render(
         title=run.folder.resolve().name,
-        settings={name: value for name, path in SETTINGS.items() if (value := _setting(run.config, path))},
+        settings=settings_of(run.config),
         rewards=_rewards(run.config),
         config=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         alarms=run.alarms,
@@ -110,6 +110,11 @@ def _float(cell: str | None) -> float:
     return float(cell) if cell else np.nan
 
 
+def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a reader asks for first, by what they are called."""
+    return {name: value for name, path in SETTINGS.items() if (value := _setting(config, path))}
+
+
 def _setting(config: Mapping[str, Any], paths: str) -> str:
     found = []
     for path in paths.split(", "):
@@ -135,16 +140,20 @@ def _change(before_after: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def _table(metrics: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Columns and rows of a test's metrics: name -> {column: value}, or a value alone."""
-    rows = {name: value if isinstance(value, Mapping) else {"": value} for name, value in metrics.items()}
+    """Columns and rows of what `lightning-fdfo test` has written."""
+    rows = metrics.get("metrics") or {}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    return columns, [(name, [_cell(row.get(column)) for column in columns]) for name, row in rows.items()]
+    return columns, [(name, [_cell(row.get(column) or {}) for column in columns]) for name, row in rows.items()]
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " … ".join(map(_cell, value))
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _cell(estimate: Mapping[str, float | None]) -> str:
+    """A mean with its standard error, or a win rate with its interval."""
+    values = {name: value for name, value in estimate.items() if value is not None}
+    if "mean" in values:
+        return f"{values['mean']:.4g}" + (f" ± {values['standard_error']:.2g}" if "standard_error" in values else "")
+    if "rate" not in values:
+        return ""
+    return f"{values['rate']:.1%}" + (f" ({values['low']:.1%} to {values['high']:.1%})" if "low" in values else "")
 
 
 def _panels(history: History) -> dict[str, dict[str, Markup]]:

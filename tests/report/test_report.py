@@ -19,6 +19,16 @@ from lightning_fdfo.report.command import write_report
 from lightning_fdfo.report.page import MAX_PICTURES, correlations, render_page
 from lightning_fdfo.report.run_files import RunFiles
 
+TEST = {
+    "num_prompts": 4,
+    "metrics": {
+        "a": {
+            "tuned": {"mean": 0.25, "standard_error": 0.03125},
+            "base": {"mean": 0.125, "standard_error": None},
+            "win_rate": {"rate": 0.75, "low": 0.5, "high": 1.0},
+        }
+    },
+}
 EVIL = '<script>document.title = "evil"</script>'
 
 
@@ -68,7 +78,7 @@ def folder(tmp_path):
     alarms = [alarm | {"highest": 2.0, "last_good_checkpoint": 1}]
     (run / "reward_hacking.json").write_text(json.dumps({"start": {}, "events": alarms}))
     (run / "test/0").mkdir(parents=True)
-    (run / "test/0/metrics.json").write_text(json.dumps({"a": {"tuned": 0.25, "base": 0.125}, "wins": 0.75}))
+    (run / "test/0/metrics.json").write_text(json.dumps(TEST))
     return run
 
 
@@ -81,7 +91,10 @@ def test_what_a_later_start_has_logged_takes_the_place_of_the_earlier(folder):
 def test_everything_is_on_the_page(folder):
     text = write_report(folder).read_text()
     assert "<title>my run</title>" in text
-    for words in ("after epoch 4", "+0.5", "image/saturation", "times −∞ … 2.0", "the checkpoint of epoch 1", "0.125"):
+    for words in (
+        "after epoch 4", "+0.5", "image/saturation", "times −∞ … 2.0", "the checkpoint of epoch 1",
+        "0.25 ± 0.031", "75.0% (50.0% to 100.0%)",
+    ):  # fmt: skip
         assert words in text
     assert re.search(r"<th>Seed</th><td>7</td>", text)
     assert len(re.findall("<svg", text)) == 2

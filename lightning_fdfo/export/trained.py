@@ -1,0 +1,97 @@
+"""What a run has trained, brought into diffusers' own formats."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+
+from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_weights
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flow import FlowModel
+from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.judged_weights import LORA_FILE
+from lightning_fdfo.lora import LoRA
+
+PREFIX = "flow.transformer."
+"""Of a checkpoint's names: where the module keeps the transformer."""
+
+
+def flow_of(config: Mapping[str, Any]) -> DiffusersFlow:
+    """The run's flow model, not loaded; raises ConfigurationError if its configuration names none of diffusers'."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(FlowModel, "flow")
+    try:
+        flow = parser.instantiate_classes(parser.parse_object({"flow": (config.get("model") or {}).get("flow")})).flow
+    except ArgumentError as error:
+        raise ConfigurationError(f"config.yaml: model.flow: {error}") from error
+    if not isinstance(flow, DiffusersFlow):
+        raise ConfigurationError(f"config.yaml: expected a flow on a diffusers pipeline, got {type(flow).__name__}")
+    return flow
+
+
+def write_lora(
+    flow: DiffusersFlow, run: Path, config: Mapping[str, Any], checkpoint: Path | None, folder: Path
+) -> None:
+    """Writes the LoRA that the run has left at its end, or that of a checkpoint, into a folder.
+
+    Raises:
+        ConfigurationError: there is none, or the checkpoint is of another configuration.
+    """
+    if checkpoint is None:
+        file = run / "lora" / LORA_FILE
+        if not file.is_file():
+            raise ConfigurationError(
+                f"{file} is not there: the run has not ended, or had no LoRAExport; name a checkpoint by --ckpt_path"
+            )
+        shutil.copyfile(file, folder / LORA_FILE)
+        return
+    weights = trained_weights(checkpoint)
+    flow.load()
+    flow.add_lora(LoRA(**config["model"]["lora"]), seed=0)
+    _fill(flow, weights)
+    flow.save_lora(folder)
+
+
+def write_pipeline(flow: DiffusersFlow, lora: Path | None, checkpoint: Path | None, folder: Path) -> None:
+    """Writes the whole pipeline, which plain diffusers loads.
+
+    Args:
+        flow: not loaded.
+        lora: a folder with a LoRA, which is merged into the transformer; or None:
+        checkpoint: of a run that trained the whole transformer.
+        folder: an empty one.
+    """
+    if flow.quantization is not None:
+        raise ConfigurationError("--merge: a LoRA cannot be merged into quantised weights: export the LoRA alone")
+    pipeline = flow.load_pipeline()
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+        pipeline.fuse_lora(components=["transformer"])
+        pipeline.unload_lora_weights()
+    elif checkpoint is not None:
+        flow.transformer = pipeline.transformer.requires_grad_(True)
+        _fill(flow, trained_weights(checkpoint))
+    pipeline.save_pretrained(folder)
+
+
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights, by their names in the module; their average if it holds one."""
+    saved = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    averages = [state["average"] for state in saved.get("callbacks", {}).values() if "average" in state]
+    weights: dict[str, Tensor] = averages[0] if averages and averages[0] else saved["state_dict"]
+    return weights
+
+
+@torch.no_grad()
+def _fill(flow: DiffusersFlow, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights into those that train, each of which must be there."""
+    own = {PREFIX + name: p for name, p in flow.transformer.named_parameters() if p.requires_grad}
+    check_weights(*({name: list(value.shape) for name, value in part.items()} for part in (weights, own)))
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
