@@ -6,6 +6,7 @@ python examples/reward_mixing/plot.py runs/reward_mixing
 import argparse
 import csv
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BASE = "base"
+MARKERS = "*os^vDPX"
+"""Told apart in grey, too; the first is the base model's."""
 METRICS = {"exact_match": (100, "read by OCR, %"), "small": (-1, "JPEG, kilobytes"), "red": (1, "redness")}
 """Of results.csv: what each is multiplied by, and its axis."""
 FRONTS = (("small", "exact_match"), ("red", "exact_match"), ("small", "red"))
@@ -36,28 +39,29 @@ def spreads(rows: list[dict[str, str]]) -> dict[str, dict[str, Spread]]:
             values[BASE][metric].append(factor * float(row[f"{metric} before"]))
     return {
         mixture: {metric: Spread(min(found), sum(found) / len(found), max(found)) for metric, found in metrics.items()}
-        for mixture, metrics in sorted(values.items(), reverse=True)
+        for mixture, metrics in sorted(values.items(), key=lambda item: (item[0] == BASE, item[0]), reverse=True)
     }
 
 
 def draw(found: dict[str, dict[str, Spread]]) -> Figure:
     """A panel a pair of metrics, a point a mixture."""
-    figure = Figure(figsize=(5 * len(FRONTS), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(FRONTS) + 1, 4.4), layout="constrained")
     for axes, (across, up) in zip(figure.subplots(1, len(FRONTS)), FRONTS, strict=True):
-        for mixture, metrics in found.items():
-            _point(axes, mixture, metrics[across], metrics[up])
+        for marker, (mixture, metrics) in zip(cycle(MARKERS), found.items(), strict=False):
+            _point(axes, mixture, marker, metrics[across], metrics[up])
         axes.set(xlabel=METRICS[across][1], ylabel=METRICS[up][1])
         axes.margins(0.12)
         axes.grid(alpha=0.3)
-    figure.suptitle("weights OCR : small : red; bars from the lowest seed to the highest")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", title="OCR : small : red")
+    figure.suptitle("bars from the lowest seed to the highest")
     return figure
 
 
-def _point(axes: Axes, mixture: str, x: Spread, y: Spread) -> None:
+def _point(axes: Axes, mixture: str, marker: str, x: Spread, y: Spread) -> None:
     bars = [[[value.mean - value.low], [value.high - value.mean]] for value in (x, y)]
-    style = {"marker": "*", "color": "black", "markersize": 11} if mixture == BASE else {"marker": "o"}
-    axes.errorbar([x.mean], [y.mean], xerr=bars[0], yerr=bars[1], capsize=3, elinewidth=1, **style)
-    axes.annotate(mixture, (x.mean, y.mean), textcoords="offset points", xytext=(6, 6), fontsize=9)
+    color = "black" if mixture == BASE else None
+    style = {"marker": marker, "color": color, "markersize": 8, "capsize": 3, "elinewidth": 1, "linestyle": ""}
+    axes.errorbar([x.mean], [y.mean], xerr=bars[0], yerr=bars[1], label=mixture, **style)
 
 
 def table(found: dict[str, dict[str, Spread]]) -> str:
