@@ -54,7 +54,7 @@ def test_a_cheated_reward_is_noticed(fit, tmp_path):
 def test_without_the_monitor_the_run_goes_on_to_white_paper(fit, tmp_path):
     fit()
     assert whiteness(tmp_path / "before.png") < 0.92
-    assert whiteness(tmp_path / "after.png") > 0.97
+    assert whiteness(tmp_path / "after.png") > 0.94  # the grid between is grey
     result = json.loads((tmp_path / "before_after.json").read_text())
     assert result["after"]["brightness"] > result["before"]["brightness"]
     assert result["after"]["exact_match"] < 0.05 < 0.5 < result["before"]["exact_match"]
