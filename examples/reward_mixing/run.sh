@@ -18,7 +18,7 @@ train() {
         --config configs/quickstart.yaml --config examples/reward_mixing/study.yaml \
         --model.rewards.OCR.weight "$ocr" --model.rewards.small.weight "$small" --model.rewards.red.weight "$red" \
         --seed_everything "$2" --trainer.default_root_dir "$folder" --trainer.enable_progress_bar false \
-        "${again[@]}" "${@:3}" >>"$folder/log.txt" 2>&1
+        ${again[@]+"${again[@]}"} "${@:3}" >>"$folder/log.txt" 2>&1
     echo "$folder"
 }
 export -f train
