@@ -1,7 +1,7 @@
 """The command `lightning-fdfo`, also `python -m lightning_fdfo`: imports what its first word needs, and no more."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,11 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["report"]:
         from lightning_fdfo.report import command
 
-        raise SystemExit(command.main(words[1:]))
+        raise SystemExit(_in_one_line(command.main, words[1:]))
     if words[:1] == ["export"]:
         from lightning_fdfo.export import command as export_command
 
-        raise SystemExit(export_command.main(words[1:]))
+        raise SystemExit(_in_one_line(export_command.main, words[1:]))
     if words[:1] == ["serve-reward"]:
         raise SystemExit(_serve_reward(words[1:]))
     if words[:1] == ["doctor"]:
@@ -33,6 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lightning_fdfo import cli
 
     cli.main()
+
+
+def _in_one_line(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> int:
+    """Runs a command; what the user can mend ends in one line on standard error, and exit code 2."""
+    from lightning_fdfo.errors import ConfigurationError
+
+    try:
+        command(words)
+    except ConfigurationError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _serve_reward(words: Sequence[str]) -> int:

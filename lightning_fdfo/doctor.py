@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -173,8 +173,7 @@ class Examination(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Examines; without `max_epochs` nothing follows."""
-        assert isinstance(pl_module, FDFOModule)
-        self.findings += examine(pl_module, trainer.datamodule.train_prompts[0])  # type: ignore[attr-defined]
+        self.findings += examine(cast(FDFOModule, pl_module), trainer.datamodule.train_prompts[0])  # type: ignore[attr-defined]
 
 
 def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -614,13 +614,11 @@ class FDFOModule(LightningModule):
         if self.evaluation.base and self._base is not None:
             with self._base.in_place():
                 base = self._painted(batch)
-        assert self._comparison is not None
-        self._comparison.update([row.place for row in batch if row.counted], tuned, base)
+        cast(Comparison, self._comparison).update([row.place for row in batch if row.counted], tuned, base)
 
     def on_test_epoch_end(self) -> None:
         """Computes all numbers over all devices, for `comparison`, and logs the means as `test/NAME`."""
-        assert self._comparison is not None
-        self.comparison = self._comparison.compute()
+        self.comparison = cast(Comparison, self._comparison).compute()
         means = {f"test/{row.name}": row.tuned.mean for row in self.comparison}
         self.log_dict(means, sync_dist=self.trainer.world_size > 1)
 

@@ -6,7 +6,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
@@ -38,22 +38,22 @@ class ImageWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes a new folder, the same for all devices."""
-        assert isinstance(pl_module, FDFOModule)
+        module = cast(FDFOModule, pl_module)
         made = str(numbered_folder(run_folder(trainer) / "predict")) if trainer.is_global_zero else ""
         self.folder = Path(trainer.strategy.broadcast(made))
         self._listed = []
-        sampling = pl_module.sampling
+        sampling = module.sampling
         self._settings = {
-            "seed": pl_module.seed,
+            "seed": module.seed,
             "height": sampling.height,
             "width": sampling.width,
             "num_steps": sampling.num_steps,
             "guidance_scale": sampling.guidance_scale,
             "sigmas": [
                 round(sigma, 6)
-                for sigma in pl_module.flow.sigmas(sampling.num_steps, sampling.height, sampling.width).tolist()
+                for sigma in module.flow.sigmas(sampling.num_steps, sampling.height, sampling.width).tolist()
             ],
-            **describe_judged(trainer, pl_module),
+            **describe_judged(trainer, module),
             "software": f"lightning-fdfo {version('lightning-fdfo')}",
         }
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -32,21 +32,21 @@ class MetricsWriter(Callback):
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints."""
-        assert isinstance(pl_module, FDFOModule)
-        data, rows = trainer.datamodule, pl_module.comparison  # type: ignore[attr-defined]
+        module = cast(FDFOModule, pl_module)
+        data, rows = trainer.datamodule, module.comparison  # type: ignore[attr-defined]
         folder = numbered_folder(run_folder(trainer) / "test")
         settings = {
-            **describe_judged(trainer, pl_module),
-            "seed": pl_module.seed,
+            **describe_judged(trainer, module),
+            "seed": module.seed,
             "num_prompts": len(data.judged_prompts),
             "images_per_prompt": data.images_per_prompt,
-            "confidence": pl_module.evaluation.confidence,
+            "confidence": module.evaluation.confidence,
         }
         summary = settings | {"metrics": {row.name: _nested(row) for row in rows}}
         write_text(folder / "metrics.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         write_text(folder / "metrics.csv", table_of_values(rows))
         console = Console() if Console().is_terminal else Console(width=WIDTH)
-        console.print(table(rows, pl_module.evaluation.confidence))
+        console.print(table(rows, module.evaluation.confidence))
         console.print(f"Written to {folder}", highlight=False, soft_wrap=True)
 
 

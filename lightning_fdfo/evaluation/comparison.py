@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -102,8 +102,7 @@ class Comparison:
             signs = torch.tensor([1.0 if self.higher_is_better[name] else -1.0 for name in self.compared])
             self._wins.update(numbers, *(signs * _columns(values[side], self.compared) for side in ("tuned", "base")))
         for side, diversity in self._diversities.items():
-            assert self.embedder is not None
-            diversity.update(numbers, self.embedder(painted[side].images)[counted])
+            diversity.update(numbers, cast(Embedder, self.embedder)(painted[side].images)[counted])
 
     def compute(self) -> list[Row]:
         """Over all batches and devices; each device must call it."""
@@ -133,8 +132,7 @@ def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:
     tuned, base, difference = estimates
-    assert tuned is not None
-    return Row(name, tuned, base, difference, rate)
+    return Row(name, cast(Estimate, tuned), base, difference, rate)
 
 
 def _estimate(mean: Mean, place: int = 0) -> Estimate:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,12 +22,8 @@ from lightning_fdfo.report.run_files import RunFiles
 PICTURES = ("before.png", "after.png")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs `lightning-fdfo export …`.
-
-    Returns:
-        The exit code: 0; 2, after one line, for what the user can mend.
-    """
+def main(arguments: Sequence[str]) -> None:
+    """Runs `lightning-fdfo export …`; raises ConfigurationError for what the user can mend."""
     parser = argparse.ArgumentParser(
         prog="lightning-fdfo export", description="Puts what a run has trained into a folder, with a model card."
     )
@@ -41,17 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-    try:
-        if options.push_to_hub:
-            check_login(options.push_to_hub)
-        folder = export(options.folder, options.output, options.ckpt_path, options.merge, options.push_to_hub)
-        print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-        if options.push_to_hub:
-            print(push(folder, options.push_to_hub, options.private))
-    except ConfigurationError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    if options.push_to_hub:
+        check_login(options.push_to_hub)
+    folder = export(options.folder, options.output, options.ckpt_path, options.merge, options.push_to_hub)
+    print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if options.push_to_hub:
+        print(push(folder, options.push_to_hub, options.private))
 
 
 def export(

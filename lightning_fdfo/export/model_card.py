@@ -52,7 +52,7 @@ def model_card(
         lstrip_blocks=True,
     )
     environment.filters["cell"] = cell
-    environment.filters["number"] = lambda value: f"{value:.4g}"
+    environment.filters["number"] = lambda value: "" if value is None else f"{value:.4g}"
     content = environment.get_template("model_card.md").render(
         front=data.to_yaml(),
         name=(repository or run.folder.resolve().name).rpartition("/")[2],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,25 +15,16 @@ GENERATOR = 'name="generator" content="lightning-fdfo report"'
 """What every report has near its head, by which one may be written anew."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs `lightning-fdfo report …`.
-
-    Returns:
-        The exit code: 0; 2, after one line, for what the user can mend.
-    """
+def main(arguments: Sequence[str]) -> None:
+    """Runs `lightning-fdfo report …`; raises ConfigurationError for what the user can mend."""
     parser = argparse.ArgumentParser(
         prog="lightning-fdfo report", description="Writes one HTML page about a run, which needs no network to be read."
     )
     parser.add_argument("folder", type=Path, help="of a run: its trainer.default_root_dir")
     parser.add_argument("--output", type=Path, help="default: report.html in that folder")
     options = parser.parse_args(arguments)
-    try:
-        path = write_report(options.folder, options.output)
-    except ConfigurationError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    path = write_report(options.folder, options.output)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
-    return 0
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:

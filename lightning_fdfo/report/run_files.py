@@ -54,7 +54,7 @@ class RunFiles:
         tables = dict(sorted(_by_epoch(folder / "pairs", "csv").items())[-last_epochs:])
         return RunFiles(
             folder=folder,
-            config=_read(configs[-1], yaml.safe_load),
+            config=_mapping(configs[-1], yaml.safe_load),
             history=_history(folder),
             pairs=[row for path in tables.values() for row in _read(path, _rows)],
             galleries={
@@ -97,7 +97,13 @@ def _rows(text: str) -> list[dict[str, str]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = _read(path, json.loads) if path.exists() else {}
+    return _mapping(path, json.loads) if path.exists() else {}
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    found = _read(path, parse)
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path} cannot be read: expected a mapping, got {type(found).__name__}")
     return found
 
 

@@ -28,8 +28,7 @@ class Result(NamedTuple):
 def examine(checks: Sequence[Check], sample: Any) -> Iterator[Result]:
     """Runs the checks one by one; those after a fatal one are left out."""
     for check, fatal in checks:
-        assert check.__doc__ is not None  # each check says what it asks for
-        question = check.__doc__.splitlines()[0].rstrip(".")
+        question = str(check.__doc__).splitlines()[0].rstrip(".")
         question = question[0].lower() + question[1:]
         try:
             problem = check(sample)

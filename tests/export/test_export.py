@@ -1,6 +1,8 @@
 """What a run has trained, given away: it paints what the run paints, its card says what it is, and nothing is lost."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,19 @@ def test_nothing_of_the_machine_is_given_away(run, tmp_path):
         assert str(run) not in text
         assert str(ROOT) not in text
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["num_pairs"] == 4
+
+
+def test_a_number_that_there_is_not_leaves_its_cell_empty(run, tmp_path):
+    """As `test` writes a reward that was to score no prompt."""
+    none = {"tuned": {"mean": None}, "base": {"mean": None}, "win_rate": {"rate": None}}
+    test = run / "test/0/metrics.json"
+    test.parent.mkdir(parents=True)
+    test.write_text(json.dumps({"num_prompts": 4, "images_per_prompt": 1, "metrics": {"OCR": none}}))
+    try:
+        assert export(run, "--output", tmp_path / "out") == 0
+    finally:
+        shutil.rmtree(run / "test")
+    assert "| OCR |  |  |  |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_full_fine_tuning_is_a_whole_pipeline(tmp_path, monkeypatch):

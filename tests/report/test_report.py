@@ -168,6 +168,8 @@ def main_code(folder, *more):
         ("config.yaml", None, "holds no run: expected the folder of a `lightning-fdfo fit`"),
         ("config-1.yaml", "a: [", "config-1.yaml cannot be read"),
         ("before_after.json", "{", "before_after.json cannot be read"),
+        ("before_after.json", "[]", "before_after.json cannot be read: expected a mapping, got list"),
+        ("config-1.yaml", "", "config-1.yaml cannot be read: expected a mapping, got NoneType"),
         ("config-1.yaml", "!!python/object/apply:os.system [touch evil]", "config-1.yaml cannot be read"),
     ],
 )
