@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_fdfo.callbacks.pictures import log_image, render, save_image
+from lightning_fdfo.callbacks.pictures import log_image, logged_step, render, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 
 History = dict[str, list[tuple[int, float]]]
@@ -66,7 +66,7 @@ class Curves(Callback):
         for name, figure in (("reward_curve", reward_curve(self.history)), ("curves", curves(self.history))):
             picture = render(figure)
             save_image(picture, run_folder(trainer) / f"{name}.png")
-            log_image(trainer, name, picture)
+            log_image(trainer, name, picture, logged_step(trainer, pl_module, trained=True))
 
 
 def reward_curve(history: History) -> Figure:

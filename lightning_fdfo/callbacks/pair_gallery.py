@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_fdfo.callbacks.pictures import log_image, pixels, save_image
+from lightning_fdfo.callbacks.pictures import log_image, logged_step, pixels, save_image
 from lightning_fdfo.callbacks.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import FlowModel
@@ -78,7 +78,7 @@ class PairGallery(Callback):
         gallery = arrange(tiles, self.columns)
         folder = run_folder(trainer) / "pairs"
         save_image(gallery, folder / f"epoch={trainer.current_epoch:03d}.png")
-        log_image(trainer, "pairs", gallery)
+        log_image(trainer, "pairs", gallery, logged_step(trainer, pl_module, trained=False))
 
 
 def spread(values: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -73,12 +73,31 @@ def render(figure: Figure) -> Image.Image:
     return Image.open(file).convert("RGB")
 
 
-def log_image(trainer: Trainer, key: str, image: Image.Image) -> None:
-    """Gives a picture to each logger that takes images: those with `log_image` (W&B, MLflow, …), and TensorBoard."""
-    step = trainer.global_step
+def log_image(trainer: Trainer, key: str, image: Image.Image, step: int) -> None:
+    """Gives a picture to each logger that takes images: those with `log_image` (W&B, MLflow, …), and TensorBoard.
+
+    Args:
+        trainer: whose loggers.
+        key: the picture's name.
+        image: to log.
+        step: of the numbers that it belongs to, see `logged_step`.
+    """
     for logger in trainer.loggers:
         experiment = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
             logger.log_image(key=key, images=[image], step=step)
         elif experiment is not None and hasattr(experiment, "add_image"):
             experiment.add_image(key, np.asarray(image), step, dataformats="HWC")
+
+
+def logged_step(trainer: Trainer, pl_module: LightningModule, trained: bool) -> int:
+    """The step that an epoch's numbers are logged at: its last optimiser step.
+
+    Args:
+        trainer: of the run.
+        pl_module: the FDFOModule.
+        trained: whether the epoch's optimiser steps are done, as after training and in its validation; they are not in
+            a rollout, nor before the first epoch.
+    """
+    coming = 0 if trained else int(pl_module.updates_per_epoch)  # type: ignore[call-overload]
+    return trainer.global_step + coming - 1

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_fdfo.callbacks.pictures import image_grid, log_image, save_image
+from lightning_fdfo.callbacks.pictures import image_grid, log_image, logged_step, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 
@@ -23,7 +23,8 @@ LABEL = 18
 class SampleStrip(Callback):
     """Writes the first images of each validation, and all of them as one strip: a column an epoch, a row a prompt.
 
-    `samples/epoch=000.png` (before training), … in the run's folder are grids; loggers that take images get them too.
+    `samples/epoch=000.png` (before training), … in the run's folder are grids; loggers that take images get them too,
+    as `samples` at the step of the epoch's numbers, and the first as `samples/before` at the step of epoch 0's.
     `samples.png` has the first images of each grid, as a strip; a run that goes on from a checkpoint extends it.
 
     Args:
@@ -69,7 +70,8 @@ class SampleStrip(Callback):
         grid = image_grid(images, self.columns, self.zoom, GAP)
         folder = run_folder(trainer) / "samples"
         save_image(grid, folder / f"epoch={epoch:03d}.png")
-        log_image(trainer, "samples", grid)
+        key = "samples/before" if trainer.sanity_checking else "samples"
+        log_image(trainer, key, grid, logged_step(trainer, pl_module, trained=not trainer.sanity_checking))
         size = images.shape[-1] * self.zoom, images.shape[-2] * self.zoom
         save_image(strip(folder, size, min(self.rows, len(images)), self.columns), folder.with_suffix(".png"))
 

@@ -72,11 +72,34 @@ def test_a_gallery_every_so_many_epochs_in_the_folder_and_in_loggers(toy_module,
     fit(toy_module(), 3, callbacks=[gallery], logger=[album, board])
     assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["epoch=000.png", "epoch=002.png"]
     with Image.open(tmp_path / "pairs/epoch=000.png") as picture:
-        assert album.images == [("pairs", picture.size, 0), ("pairs", picture.size, 4)]
+        assert album.images == [("pairs", picture.size, 1), ("pairs", picture.size, 5)]
         green = (np.asarray(picture.convert("RGB")) == GREEN).all(axis=-1)
     assert green.any()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Images("pairs")] == [0, 4]
+    assert [event.step for event in events.Images("pairs")] == [1, 5]
+
+
+def test_pictures_stand_at_a_step_of_numbers_also_after_a_resume(toy_module, fit, tmp_path):
+    """Two updates an epoch: numbers stand at steps 1, 3, 5 and 7, and so does each picture."""
+    prompts = tmp_path / "val.txt"
+    prompts.write_text("x\ny\nz\n")
+    for epochs, ckpt_path in ((2, None), (4, "last")):
+        saving = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True)
+        pictures = [SampleStrip(num_images=3, columns=2, rows=3), PairGallery(every_n_epochs=1), Curves()]
+        board = TensorBoardLogger(tmp_path, name="", version="")
+        options = {"callbacks": [saving, *pictures], "enable_checkpointing": True, "num_sanity_val_steps": -1}
+        fit(toy_module(), epochs, ckpt_path, val=str(prompts), logger=board, **options)
+    events = EventAccumulator(str(tmp_path), {"images": 0}).Reload()
+    steps = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert steps == {
+        "samples/before": [1],
+        "samples": [1, 3, 5, 7],
+        "pairs": [1, 3, 5, 7],
+        "reward_curve": [3, 7],
+        "curves": [3, 7],
+    }
+    for number in ("reward/mean", "val/brightness"):
+        assert [event.step for event in events.Scalars(number)] == [1, 3, 5, 7], number
 
 
 def test_a_gallery_changes_nothing_of_a_run(toy_module, fit, weights):
