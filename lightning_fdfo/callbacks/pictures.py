@@ -99,5 +99,5 @@ def logged_step(trainer: Trainer, pl_module: LightningModule, trained: bool) -> 
         trained: whether the epoch's optimiser steps are done, as after training and in its validation; they are not in
             a rollout, nor before the first epoch.
     """
-    coming = 0 if trained else int(pl_module.updates_per_epoch)  # type: ignore[call-overload]
+    coming: int = 0 if trained else pl_module.updates_per_epoch  # type: ignore[assignment]
     return trainer.global_step + coming - 1
