@@ -12,13 +12,12 @@ from lightning.pytorch import Trainer
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.registry import HUB_NAME
 from lightning_fdfo.lora import check_lora_file
+from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""As diffusers names it."""
 EXPECTED = (
     "expected a checkpoint's file, or last, or a LoRA: a .safetensors file, a folder with "
     f"{LORA_FILE}, or a hub name like owner/name or owner/name/FILE.safetensors"

@@ -1,5 +1,7 @@
 """LoRA on the shipped model: what its settings do to velocities, and its files in plain diffusers."""
 
+import json
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
 from lightning_fdfo.lora import LoRA, dropout_layers
+from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.sampling import sample
 
 PROMPTS = ['"427" in red', '"1234" in blue']
@@ -309,3 +312,18 @@ def test_settings_out_of_range_are_refused(settings):
 @pytest.mark.parametrize("settings", [{}, {"rank": 1, "alpha": 0.1}, {"dropout": 0.99}, {"targets": ("to_q",)}])
 def test_settings_in_range_pass(settings):
     LoRA(**settings).check()
+
+
+def test_equal_loras_are_equal_files(tmp_path):
+    """safetensors gives the metadata a random order in every file, and a set of names has one in every process."""
+    flow, files = bound(LoRA(rank=2, alpha=4)), set()
+    for number in range(8):
+        (tmp_path / str(number)).mkdir()
+        flow.save_lora(tmp_path / str(number))
+        files.add((tmp_path / str(number) / LORA_FILE).read_bytes())
+    assert len(files) == 1
+    (content,) = files
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    settings = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+    assert settings["transformer.target_modules"] == sorted(flow.transformer.peft_config["default"].target_modules)
+    assert len(settings["transformer.target_modules"]) > 1

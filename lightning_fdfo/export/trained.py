@@ -15,8 +15,8 @@ from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_weights
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import FlowModel
 from lightning_fdfo.flows import DiffusersFlow
-from lightning_fdfo.judged_weights import LORA_FILE
 from lightning_fdfo.lora import LoRA
+from lightning_fdfo.lora_file import LORA_FILE
 
 PREFIX = "flow.transformer."
 """Of a checkpoint's names: where the module keeps the transformer."""

@@ -21,7 +21,6 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
 from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
+from lightning_fdfo.lora_file import LORA_FILE, adapter_metadata, sort_metadata
 from lightning_fdfo.parallel import is_first_process, whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
@@ -441,8 +441,9 @@ class DiffusersFlow(Adapter, FlowModel):
         if not is_first_process():
             return
         self.pipeline_class.save_lora_weights(
-            folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
+            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=adapter_metadata(transformer)
         )
+        sort_metadata(folder / LORA_FILE)
 
     def read_lora(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """By the pipeline's own `lora_state_dict`, which knows other trainers' formats too."""
