@@ -3,59 +3,70 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from lightning_fdfo import exit_code
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command.
+    """Runs a command; an error that can be mended ends in one line, see exit_code.py.
 
     Args:
         arguments: of the command line; None takes the process's.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["rewards"]:
-        from lightning_fdfo import reward_commands
-
-        raise SystemExit(reward_commands.main(words[1:]))
-    if words[:1] == ["report"]:
-        from lightning_fdfo.report import command
-
-        raise SystemExit(_in_one_line(command.main, words[1:]))
-    if words[:1] == ["export"]:
-        from lightning_fdfo.export import command as export_command
-
-        raise SystemExit(_in_one_line(export_command.main, words[1:]))
-    if words[:1] == ["serve-reward"]:
-        raise SystemExit(_serve_reward(words[1:]))
-    if words[:1] == ["doctor"]:
-        from lightning_fdfo import cli, doctor
-
-        raise SystemExit(cli.main(lambda: doctor.main(words[1:])))
+    command = COMMANDS.get(words[0]) if words else None
+    if command is not None:
+        raise SystemExit(exit_code.run(lambda: command(words[1:])))
     sys.argv = [sys.argv[0], *words]  # Lightning starts the processes of other devices from it
+    exit_code.run(_lightning)
+
+
+def _lightning() -> None:
     from lightning_fdfo import cli
 
     cli.main()
 
 
-def _in_one_line(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> int:
-    """Runs a command; what the user can mend ends in one line on standard error, and exit code 2."""
-    from lightning_fdfo.errors import ConfigurationError
+def _rewards(words: Sequence[str]) -> int:
+    from lightning_fdfo import reward_commands
 
-    try:
-        command(words)
-    except ConfigurationError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return reward_commands.main(words)
+
+
+def _report(words: Sequence[str]) -> int:
+    from lightning_fdfo.report import command
+
+    command.main(words)
+    return 0
+
+
+def _export(words: Sequence[str]) -> int:
+    from lightning_fdfo.export import command
+
+    command.main(words)
     return 0
 
 
 def _serve_reward(words: Sequence[str]) -> int:
-    from lightning_fdfo.errors import ConfigurationError
+    from lightning_fdfo.remote import serve_command
 
-    try:
-        from lightning_fdfo.remote import serve_command
-    except ConfigurationError as error:  # the extra is not installed
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return serve_command.main(words)
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from lightning_fdfo import cli, doctor
+
+    code: int = cli.main(lambda: doctor.main(words))
+    return code
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": _doctor,
+    "export": _export,
+    "report": _report,
+    "rewards": _rewards,
+    "serve-reward": _serve_reward,
+}
+"""Those that are not Lightning's."""
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_fdfo import exit_code
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
@@ -57,7 +58,7 @@ class FDFOArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with 2."""
-        _fail(message)
+        exit_code.end(exit_code.Told(exit_code.one_line(message)))
 
 
 class RunRecord(SaveConfigCallback):
@@ -241,7 +242,7 @@ class FDFOCLI(LightningCLI):
 
 
 def main(run: Callable[[], Any] = FDFOCLI) -> Any:
-    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2.
+    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2, see exit_code.py.
 
     Args:
         run: what to run.
@@ -253,17 +254,7 @@ def main(run: Callable[[], Any] = FDFOCLI) -> Any:
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning and torch, about them
     import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
 
-    try:
-        return run()
-    except ConfigurationError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    """One line on standard error, from the first process only, and exit code 2."""
-    if getattr(rank_zero_only, "rank", None) in (None, 0):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    return exit_code.run(run)
 
 
 def _check_yaml(text: str) -> None:

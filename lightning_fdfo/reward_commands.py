@@ -8,7 +8,6 @@ lightning-fdfo rewards check MyReward
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint
@@ -19,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.folder_scores import IMAGE_SUFFIXES, output_form, parse_device, score_folder, write_scores
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward import FunctionReward, Reward, available_rewards, load_reward, load_reward_class
@@ -44,16 +43,12 @@ def main(arguments: Sequence[str]) -> int:
     """Runs `lightning-fdfo rewards …`.
 
     Returns:
-        The exit code: 0; 1 if a check failed; 2, after one line, for what the user or a plugin's author can mend.
+        The exit code: 0; 1 if a check failed.
+
+    Raises:
+        ConfigurationError, RewardError: what the user or a plugin's author can mend.
     """
-    try:
-        return _run(_parser().parse_args(arguments))
-    except (ConfigurationError, RewardError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-def _run(options: argparse.Namespace) -> int:
+    options = _parser().parse_args(arguments)
     if options.command == "check":
         return print_checks(options.name, parse_init_args(options.init_args), options.prompts, options.device)
     if options.command == "score":

@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
 import uvicorn
 import yaml
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.folder_scores import parse_device
 from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_loopback, read_token
 from lightning_fdfo.remote.protocol import Limits
@@ -35,15 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     """Runs `lightning-fdfo serve-reward …`.
 
     Returns:
-        The exit code: 0 after Ctrl-C; 2, after one line, for what the user can mend.
+        The exit code after Ctrl-C: 0.
+
+    Raises:
+        ConfigurationError, RewardError: see `serve`.
     """
-    try:
+    with suppress(KeyboardInterrupt):  # the server has shut down before it is raised again
         serve(_parser().parse_args(arguments))
-    except (ConfigurationError, RewardError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass  # the server has shut down before it is raised again
     return 0
 
 
