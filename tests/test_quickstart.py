@@ -14,6 +14,7 @@ from lightning_fdfo.callbacks.pictures import image_grid
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 
 ROOT = Path(__file__).parent.parent
+PROMPTS = (ROOT / "configs/prompts/digits_heldout.txt").read_text().splitlines()[:24]
 
 
 @pytest.mark.slow
@@ -24,18 +25,17 @@ def test_the_quick_start_gains_fifteen_points(tmp_path):
     assert 0.3 <= summary["before"]["exact_match"] <= 0.7
     assert summary["after"]["exact_match"] >= summary["before"]["exact_match"] + 0.15
     with Image.open(tmp_path / "after.png") as ours:
-        theirs = image_grid(plain_diffusers(tmp_path / "lora"), columns=6, zoom=2)
+        theirs = image_grid(plain_diffusers(tmp_path / "lora"), columns=6, zoom=2, captions=PROMPTS)
         difference = np.abs(np.asarray(ours.convert("RGB"), dtype=int) - np.asarray(theirs, dtype=int))
     assert difference.max() <= 1  # of 255: rounding
 
 
 def plain_diffusers(lora):
     """The first 24 held-out prompts, painted by diffusers alone from the run's own validation latents."""
-    prompts = (ROOT / "configs/prompts/digits_heldout.txt").read_text().splitlines()[:24]
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         ROOT / "lightning_fdfo/assets/tiny-digits", text_encoder_3=None, tokenizer_3=None
     )
     pipeline.load_lora_weights(lora)
     latents = stack_normal([generator(Stream.VALIDATION, seed=0, index=index) for index in range(24)], 8, 8, 16)
     options = {"height": 32, "width": 64, "num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 0}
-    return pipeline(prompts, latents=latents, output_type="pt", **options).images.float()
+    return pipeline(PROMPTS, latents=latents, output_type="pt", **options).images.float()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_fdfo.callbacks.pictures import image_grid
+from lightning_fdfo.callbacks.pictures import image_grid, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 
@@ -21,8 +21,8 @@ class BeforeAfter(Callback):
     """Judges the fixed validation prompts before and after training.
 
     The validation before any step (Lightning's sanity check; set `num_sanity_val_steps: -1`) and the last one of `fit`
-    are compared: grids of their first images go to `before.png` and `after.png`, all mean scores to
-    `before_after.json`, and a table is printed.
+    are compared: grids of their first images, each above its prompt, go to `before.png` and `after.png`, all mean
+    scores to `before_after.json`, and a table is printed.
 
     Args:
         num_images: in a grid.
@@ -38,6 +38,7 @@ class BeforeAfter(Callback):
         self.after: dict[str, float] = {}
         self.after_epoch = 0
         self._images: list[Tensor] = []
+        self._prompts: list[str] = []
         self._sums: dict[str, tuple[float, int]] = {}
         """Sum and number of each name's scores; an image that a reward failed on has none."""
 
@@ -60,7 +61,7 @@ class BeforeAfter(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts anew."""
-        self._images, self._sums = [], {}
+        self._images, self._prompts, self._sums = [], [], {}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -68,6 +69,7 @@ class BeforeAfter(Callback):
         """Adds a batch's scores, and its images until the grid is full."""
         if sum(len(images) for images in self._images) < self.num_images:
             self._images.append(outputs["images"])
+            self._prompts += outputs["prompts"]
         for name, scores in outputs["scores"].items():
             value, count = self._sums.get(name, (0.0, 0))
             scored = scores[scores.isfinite()].double()
@@ -86,9 +88,9 @@ class BeforeAfter(Callback):
         else:
             self.after, self.after_epoch = means, trainer.current_epoch + 1
         if trainer.is_global_zero:
-            images = torch.cat(self._images)[: self.num_images]
+            images, prompts = torch.cat(self._images)[: self.num_images], self._prompts[: self.num_images]
             path = run_folder(trainer) / ("before.png" if trainer.sanity_checking else "after.png")
-            image_grid(images, self.columns, self.zoom).save(path)
+            save_image(image_grid(images, self.columns, self.zoom, captions=prompts), path)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from lightning_fdfo.callbacks.captions import PAPER, draw_lines, line_height, wrap
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, pixels, save_image
 from lightning_fdfo.callbacks.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
@@ -21,7 +20,7 @@ WIDTH = 320
 FRAME = 4
 MARGIN = 12
 FONT = 13
-PAPER, INK, WINNER, LOSER = "white", "#222222", "#1a9850", "#cccccc"
+WINNER, LOSER = "#1a9850", "#cccccc"
 
 
 class PairGallery(Callback):
@@ -105,10 +104,9 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
         Image.fromarray(pixel).resize((images.shape[-1] * zoom, images.shape[-2] * zoom), Image.Resampling.NEAREST)
         for pixel in pixels(images)
     )
-    font = ImageFont.load_default(FONT)
     width, height = 2 * left.width + 4 * FRAME, left.height + 2 * FRAME
-    lines = textwrap.wrap(prompt, max(12, width // 7), max_lines=2, placeholder=" …") + caption(parts)
-    tile = Image.new("RGB", (width, height + len(lines) * (FONT + 4) + MARGIN), PAPER)
+    lines = wrap(prompt, width - 2 * FRAME, FONT) + caption(parts)
+    tile = Image.new("RGB", (width, height + len(lines) * line_height(FONT) + MARGIN), PAPER)
     draw = ImageDraw.Draw(tile)
     total = sum(parts.values())
     for place, image in enumerate((left, right)):
@@ -119,8 +117,7 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
             edges = (corner + FRAME - 1, FRAME - 1, corner + FRAME + image.width, FRAME + image.height)
             draw.rectangle(edges, outline=LOSER)
         tile.paste(image, (corner + FRAME, FRAME))
-    for row, line in enumerate(lines):
-        draw.text((FRAME, height + 2 + row * (FONT + 4)), line, fill=INK, font=font)
+    draw_lines(tile, (FRAME, height + 2), lines, FONT)
     return tile
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lightning_fdfo.callbacks.captions import PAPER, caption_size, draw_lines, line_height, wrap
 
-def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
-    """Images side by side, in rows.
+
+def image_grid(
+    images: Tensor, columns: int, zoom: int = 1, gap: int = 2, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """Images side by side, in rows, each above its caption.
 
     Args:
         images: [N, 3, H, W] in [0, 1].
         columns: images a row.
         zoom: pixels a pixel, >= 1.
         gap: pixels of grey between images.
+        captions: N texts, wrapped and shortened to the images' width; None for none.
 
     Example:
         >>> import torch
@@ -30,16 +35,20 @@ def image_grid(images: Tensor, columns: int, zoom: int = 1, gap: int = 2) -> Ima
         (38, 22)
     """
     count, _, height, width = images.shape
+    width, height = width * zoom, height * zoom
+    size = caption_size(width)
+    texts = [wrap(text, width - 4, size) for text in captions or ()]
+    foot = max(map(len, texts), default=0) * line_height(size) + (4 if texts else 0)
     rows = -(-count // columns)
-    sheet = Image.new(
-        "RGB",
-        ((columns * (width * zoom + gap) + gap), rows * (height * zoom + gap) + gap),
-        (128, 128, 128),
-    )
+    frame = (columns * (width + gap) + gap, rows * (height + foot + gap) + gap)
+    sheet = Image.new("RGB", frame, (128, 128, 128))
     for index, pixel in enumerate(pixels(images)):
         row, column = divmod(index, columns)
-        tile = Image.fromarray(pixel).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + column * (width * zoom + gap), gap + row * (height * zoom + gap)))
+        left, top = gap + column * (width + gap), gap + row * (height + foot + gap)
+        sheet.paste(Image.fromarray(pixel).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if texts:
+            sheet.paste(PAPER, (left, top + height, left + width, top + height + foot))
+            draw_lines(sheet, (left + 2, top + height + 1), texts[index], size)
     return sheet
 
 

@@ -9,10 +9,11 @@ from PIL import Image, ImageColor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_fdfo.callbacks import Curves, PairGallery, SampleStrip
+from lightning_fdfo.callbacks.captions import caption_size, line_height
 from lightning_fdfo.callbacks.curves import PANELS, curves
 from lightning_fdfo.callbacks.pair_gallery import FRAME, WINNER, caption, pair_tile, spread
 from lightning_fdfo.callbacks.pictures import image_grid
-from lightning_fdfo.callbacks.sample_strip import strip
+from lightning_fdfo.callbacks.sample_strip import MARGIN, strip
 from lightning_fdfo.errors import ConfigurationError
 
 GREEN = ImageColor.getrgb(WINNER)
@@ -121,15 +122,18 @@ def test_a_strip_has_a_column_an_epoch_and_grows_after_a_resume(toy_module, fit,
     files = sorted((tmp_path / "samples").iterdir())
     assert [file.name for file in files] == ["epoch=000.png", "epoch=001.png", "epoch=002.png"]
     with Image.open(tmp_path / "samples.png") as whole:
-        assert whole.size == (3 * 4 + 2, 3 * 4 + 18)
+        assert whole.size == (MARGIN + 3 * 4 + 2, line_height(caption_size(2)) + 2 + 3 * 4)
 
 
 def test_each_image_of_a_strip_stands_in_its_place(tmp_path):
     shades = torch.tensor([[20, 60, 80, 100], [120, 140, 160, 180]]) / 255
-    for epoch, row in zip((3, 12), shades, strict=True):
-        image_grid(row.view(4, 1, 1, 1).expand(-1, 3, 6, 10), columns=3).save(tmp_path / f"epoch={epoch:03d}.png")
-    picture = strip(tmp_path, (10, 6), rows=4, columns=3)
-    seen = [[picture.getpixel((2 + 12 * column + 5, 18 + 8 * row + 3))[0] for row in range(4)] for column in range(2)]
+    prompts = ["a", "b", "c", "d e f g h"]
+    for epoch, row, captions in zip((3, 12), shades, (None, prompts), strict=True):  # older grids have no captions
+        grid = image_grid(row.view(4, 1, 1, 1).expand(-1, 3, 6, 10), columns=3, captions=captions)
+        grid.save(tmp_path / f"epoch={epoch:03d}.png")
+    picture = strip(tmp_path, (10, 6), prompts, rows=4, columns=3)
+    left, top = MARGIN + 2 + 5, line_height(caption_size(10)) + 2 + 3
+    seen = [[picture.getpixel((left + 12 * column, top + 8 * row))[0] for row in range(4)] for column in range(2)]
     assert seen == [[round(255 * value) for value in row] for row in shades.tolist()]
 
 

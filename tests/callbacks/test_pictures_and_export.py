@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from lightning_fdfo.callbacks import BeforeAfter, Curves, LoRAExport
+from lightning_fdfo.callbacks.captions import caption_size, line_height
 from lightning_fdfo.callbacks.pictures import image_grid
 from lightning_fdfo.errors import ConfigurationError
 
@@ -17,6 +18,10 @@ def test_a_grid_shows_each_image_in_its_place():
     assert [grid.getpixel(at)[0] for at in ((1, 1), (14, 1), (1, 8), (14, 8), (0, 0))] == [0, 128, 255, 128, 128]
 
 
+FOOT = line_height(caption_size(4)) + 4
+"""Pixels of a caption of one line below an image 4 pixels wide."""
+
+
 def test_a_run_leaves_pictures_curve_and_table(toy_module, fit, tmp_path, capsys):
     prompts = tmp_path / "val.txt"
     prompts.write_text("x\ny\nz\n")
@@ -26,7 +31,7 @@ def test_a_run_leaves_pictures_curve_and_table(toy_module, fit, tmp_path, capsys
     assert summary["after_epoch"] == 3
     assert set(summary["before"]) == set(summary["after"]) == {"reward", "brightness"}
     assert summary["before"] != summary["after"]
-    for name, size in (("before.png", (10, 6)), ("after.png", (10, 6)), ("reward_curve.png", (720, 420))):
+    for name, size in (("before.png", (10, 6 + FOOT)), ("after.png", (10, 6 + FOOT)), ("reward_curve.png", (720, 420))):
         with Image.open(tmp_path / name) as image:
             assert image.size == size
     printed = capsys.readouterr().out
