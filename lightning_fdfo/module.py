@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -44,6 +44,8 @@ from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
+from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
+from lightning_fdfo.training.trainer_guard import check_accumulation, guard
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
@@ -184,6 +186,15 @@ class FDFOModule(LightningModule):
 
     # Set-up: first all that needs no weights, then the model
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds no callback, and refuses those, and settings, that would change an update: before any hook of theirs.
+
+        Raises:
+            ConfigurationError: see `trainer_guard`.
+        """
+        guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
+        return []
+
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
         with suppress(ConfigurationError):
@@ -230,6 +241,8 @@ class FDFOModule(LightningModule):
                     f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {derived})"
                 )
             self.trainer.accumulate_grad_batches = derived
+            num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
+            try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
             rank_zero_info(str(plan))
 
     @property
@@ -310,13 +323,11 @@ class FDFOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable weights, and the scheduler, stepped after each update."""
-        optimizer = self.optimizer(self._trainable().values())
+        optimizer = build_optimizer(self.optimizer, list(self._trainable().values()))
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = build_scheduler(self.lr_scheduler, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         """Puts text encoders, VAE and rewards on the device."""
@@ -421,8 +432,10 @@ class FDFOModule(LightningModule):
         """Logs the numbers of the epoch's rollout, which lies behind its first batch; switches dropout on."""
         if batch_idx == 0:
             drift = {"train/drift": self._drift(batch)} if self.lora is not None else {}
+            check_accumulation(self.trainer, self.plan)
             self._log_epoch(self._rollout_metrics | drift, 1)
-            self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
+            if not self.trainer.barebones:
+                self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
         self._switch_dropout(True)
 
     def _drift(self, batch: TrajectoryPoints) -> Tensor:
@@ -529,6 +542,8 @@ class FDFOModule(LightningModule):
 
     def _log_epoch(self, values: Mapping[str, Any], batch_size: int) -> None:
         """Logs means over an epoch and over devices; those of training reach the loggers by `on_train_epoch_end`."""
+        if self.trainer.barebones:  # it logs nothing, and would warn of each number
+            return
         training = self.trainer.training
         if training:
             self._logged.update(values)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -25,8 +26,21 @@ def check_strategy(strategy: Any) -> None:
     """Refuses what cannot work, before any model is loaded.
 
     Raises:
-        ConfigurationError: FSDP1; or FSDP2 that splits more than the data, or writes checkpoints in pieces.
+        ConfigurationError: processes that are forked or spawned; FSDP1 or DeepSpeed; FSDP2 that splits more than the
+            data, or writes checkpoints in pieces.
     """
+    launcher = getattr(strategy, "launcher", None)
+    if isinstance(launcher, _MultiProcessingLauncher):
+        raise ConfigurationError(
+            f"trainer.strategy: processes by {launcher._start_method} (ddp_spawn, ddp_fork, ddp_notebook) hand back "
+            "what they train by a checkpoint of the whole model, and ours hold what trains; lay configs/ddp.yaml over your "
+            "configuration instead"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            "trainer.strategy: DeepSpeed accumulates and clips by a configuration of its own; lay configs/ddp.yaml, or "
+            "for models that do not fit configs/fsdp2.yaml, over your configuration instead"
+        )
     if isinstance(strategy, FSDPStrategy):
         raise ConfigurationError(
             "trainer.strategy: FSDP1 (FSDPStrategy) cannot clip a gradient's norm, and breaks rollouts outside of "

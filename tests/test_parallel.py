@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
 
 from lightning_fdfo.errors import ConfigurationError
@@ -273,6 +273,18 @@ def test_fsdp1_is_refused_and_the_overlay_named():
 def test_a_mesh_that_cannot_work_is_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         check_strategy(ModelParallelStrategy(**options))
+
+
+@pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_copy_this_one_are_refused(name):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=name, logger=False, max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"lay configs/ddp\.yaml over your configuration"):
+        check_strategy(trainer.strategy)
+
+
+def test_deepspeed_is_refused():
+    with pytest.raises(ConfigurationError, match="DeepSpeed accumulates and clips by a configuration of its own"):
+        check_strategy(DeepSpeedStrategy.__new__(DeepSpeedStrategy))
 
 
 def test_other_strategies_pass():

@@ -1,0 +1,1 @@
+"""What keeps a run right: guards, checkpoints, trained state."""
