@@ -33,8 +33,8 @@ def check_strategy(strategy: Any) -> None:
     if isinstance(launcher, _MultiProcessingLauncher):
         raise ConfigurationError(
             f"trainer.strategy: processes by {launcher._start_method} (ddp_spawn, ddp_fork, ddp_notebook) hand back "
-            "what they train by a checkpoint of the whole model, and ours hold what trains; lay configs/ddp.yaml over your "
-            "configuration instead"
+            "what they train by a checkpoint of the whole model, and ours hold what trains; lay configs/ddp.yaml over "
+            "your configuration instead"
         )
     if isinstance(strategy, DeepSpeedStrategy):
         raise ConfigurationError(

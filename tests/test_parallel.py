@@ -278,7 +278,7 @@ def test_a_mesh_that_cannot_work_is_refused(options, message):
 @pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_processes_that_copy_this_one_are_refused(name):
     trainer = Trainer(accelerator="cpu", devices=2, strategy=name, logger=False, max_epochs=1)
-    with pytest.raises(ConfigurationError, match=r"lay configs/ddp\.yaml over your configuration"):
+    with pytest.raises(ConfigurationError, match=r"lay configs/ddp\.yaml over"):
         check_strategy(trainer.strategy)
 
 
