@@ -34,6 +34,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.training.run_owner import RunOwner
 
 MAX_NODES = 100_000
 """Values in a configuration file, each alias counted as what it stands for."""
@@ -62,10 +63,10 @@ class FDFOArgumentParser(LightningArgumentParser):
 
 
 class RunRecord(SaveConfigCallback):
-    """Writes the resolved configuration into the run's folder, and refuses a folder that holds a run already."""
+    """Writes the resolved configuration into the run's folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError if `fit` would mix two runs in one folder, or go on with none."""
+        """Raises ConfigurationError for a checkpoint that cannot be gone on from, or is not there."""
         record = Path(trainer.default_root_dir) / self.config_filename
         ckpt_path = self.config.get("ckpt_path")
         if stage == "fit" and ckpt_path == "last" and not record.exists():
@@ -82,11 +83,6 @@ class RunRecord(SaveConfigCallback):
                 _check_checkpoints(callback, resumes=stage == "fit" and ckpt_path == "last")
         if ckpt_path:
             _check_readable(trainer, ckpt_path)
-        if stage == "fit" and record.exists() and not ckpt_path:
-            raise ConfigurationError(
-                f"{record.parent} holds a run already: go on with it by --ckpt_path last, "
-                f"or choose another folder by --trainer.default_root_dir FOLDER"
-            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record once all has been set up: a run that cannot start leaves no config.yaml."""
@@ -216,6 +212,14 @@ class FDFOCLI(LightningCLI):
         """Builds all; a LoRA that is to be judged takes the place of the configuration's."""
         super().instantiate_classes()
         self.model.lora_file = self.lora_file
+
+    def before_fit(self) -> None:
+        """Claims the run's folder: before loggers, which write first, begin."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            owner, folder = RunOwner(), Path(self.trainer.default_root_dir)
+            owner.claim(folder)
+            owner.check_new(folder, goes_on=self._get(self.config, "ckpt_path") is not None)
+            self.trainer.callbacks.append(owner)  # type: ignore[attr-defined]
 
     def test(self, **options: Any) -> None:
         """`Trainer.test`, with our table for Lightning's."""

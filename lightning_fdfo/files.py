@@ -1,22 +1,26 @@
-"""Files that are complete or as they were: written aside, then renamed."""
+"""Files and folders that are complete or as they were: written aside, then renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_fdfo.errors import ConfigurationError
 
+PARTIALS = ".*.partial-*"
+"""Names of files that are being written; a killed process leaves them."""
+
 
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """A temporary path beside `target`; it takes the target's place when the block ends without an exception.
 
-    The name is hidden, ends as the target's does, and is of this process alone, so that two processes that write one
-    file do not write into each other's. The data are on disk before the rename, and the file's mode follows the umask,
-    whatever the library that wrote it has set.
+    The name is hidden, has another ending, and is of this process alone, so that two processes that write one file do
+    not write into each other's. The data are on disk before the rename, and the file's mode follows the umask, whatever
+    the library that wrote it has set.
 
     Args:
         target: the file to write; folders above it are made.
@@ -37,19 +41,55 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         text ['a.txt']
     """
     target = Path(target)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
+    partial = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
     except OSError as error:
-        raise ConfigurationError(f"{target.parent} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(target.parent, error) from error
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
+        _follow_umask(partial)
         _sync(partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """The same for a new folder: it appears complete, with modes that follow the umask, or not at all.
+
+    Args:
+        target: a folder that is not there, or is empty; folders above it are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ConfigurationError: it cannot be made or written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with atomic_folder(Path(folder) / "new") as partial:
+        ...         _ = (partial / "a.txt").write_text("text")
+        ...     print((Path(folder) / "new" / "a.txt").read_text())
+        text
+    """
+    target = Path(target)
+    partial = _beside(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            _follow_umask(path)
+        partial.replace(target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(target: str | Path, text: str) -> None:
@@ -58,11 +98,20 @@ def write_text(target: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _umask() -> int:
-    """The process's, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def _follow_umask(path: Path) -> None:
+    """Gives a file the mode that `open` would have given it; safetensors, for one, writes for the owner alone."""
+    if path.is_file():
+        mask = os.umask(0)  # it can be read only by setting it
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def _sync(file: Path) -> None:

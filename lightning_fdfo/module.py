@@ -45,6 +45,7 @@ from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, rol
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
+from lightning_fdfo.training.run_owner import RunOwner
 from lightning_fdfo.training.trainer_guard import check_accumulation, guard
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -187,13 +188,16 @@ class FDFOModule(LightningModule):
     # Set-up: first all that needs no weights, then the model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Adds no callback, and refuses those, and settings, that would change an update: before any hook of theirs.
+        """Guards that every trainer of this module has, whatever its configuration names; each once.
+
+        Refuses callbacks and settings that would change an update, before any hook of theirs.
 
         Raises:
             ConfigurationError: see `trainer_guard`.
         """
         guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
-        return []
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback() for callback in (RunOwner,) if callback not in present]
 
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""

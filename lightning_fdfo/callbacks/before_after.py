@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_fdfo.callbacks.pictures import image_grid, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import write_text
 
 
 class BeforeAfter(Callback):
@@ -104,5 +105,5 @@ class BeforeAfter(Callback):
         Console().print(table)
         summary = {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
         folder = run_folder(trainer)
-        (folder / "before_after.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "before_after.json", json.dumps(summary, indent=2) + "\n")
         print(f"Pictures, curve and LoRA are in {folder}")

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_fdfo.callbacks.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import atomic_path
 from lightning_fdfo.judgement import Judgement
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.rollout import Rollout
@@ -51,16 +52,12 @@ class PairLog(Callback):
         loader: RolloutLoader = trainer.train_dataloader  # type: ignore[assignment]
         epoch = trainer.current_epoch
         prompts = [prompt.text for prompt in loader.prompts_of(epoch, range(len(judgement.whole)))]
-        folder = run_folder(trainer) / "pairs"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"epoch={epoch:03d}.csv"
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            rows = list(pair_rows(judgement, prompts, epoch))
+        rows = list(pair_rows(judgement, prompts, epoch))
+        table = run_folder(trainer) / "pairs" / f"epoch={epoch:03d}.csv"
+        with atomic_path(table) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(path)
 
 
 def pair_rows(judgement: Judgement, prompts: list[str], epoch: int) -> Iterator[dict[str, str | int]]:

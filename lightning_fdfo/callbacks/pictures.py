@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightning_fdfo.callbacks.captions import PAPER, caption_size, draw_lines, line_height, wrap
+from lightning_fdfo.files import atomic_path
 
 
 def image_grid(
@@ -59,7 +60,7 @@ def pixels(images: Tensor) -> NDArray[np.uint8]:
 
 
 def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Writes a PNG under a temporary name and renames it: it is whole, or as it was; makes its folder if need be.
+    """Writes a PNG, which is complete or as it was; makes its folder if need be.
 
     Args:
         image: to write.
@@ -69,10 +70,8 @@ def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None =
     chunks = PngInfo()
     for keyword, text in (texts or {}).items():
         chunks.add_itxt(keyword, text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="png", pnginfo=chunks)
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        image.save(partial, format="png", pnginfo=chunks)
 
 
 def render(figure: Figure) -> Image.Image:

@@ -7,11 +7,27 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.training.run_owner import RunOwner, trial_folder
+
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run's files go: `default_root_dir`, made if need be."""
+    """Where a callback writes: `default_root_dir`, made if need be and claimed in `fit`; not with `fast_dev_run`.
+
+    Raises:
+        ConfigurationError: it cannot be made, or another process trains into it; see `RunOwner`.
+    """
     folder = Path(trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = trial_folder()
+    elif trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
+        for owner in (callback for callback in trainer.callbacks if isinstance(callback, RunOwner)):  # type: ignore[attr-defined]
+            if owner.claim(folder):
+                owner.begin(trainer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
 
 
@@ -48,18 +64,3 @@ def is_inside(path: str) -> bool:
 def judges_a_fit(trainer: Trainer) -> bool:
     """Whether a validation belongs to `fit`, and is not the sanity check of a resumed one."""
     return trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking and trainer.global_step)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: it is whole, or as it was.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     write_text(Path(folder) / "a.txt", "text")
-        ...     print((Path(folder) / "a.txt").read_text())
-        text
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -17,6 +17,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.export.model_card import model_card, shareable
 from lightning_fdfo.export.trained import flow_of, write_lora, write_pipeline
+from lightning_fdfo.files import atomic_folder
 from lightning_fdfo.report.run_files import RunFiles
 
 PICTURES = ("before.png", "after.png")
@@ -76,10 +77,7 @@ def export(
         raise ConfigurationError(f"--ckpt_path: expected a checkpoint's file, {checkpoint} is not there")
     flow = flow_of(files.config)
     flow.check()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(folder) as partial:
         if has_lora:
             write_lora(flow, run, files.config, checkpoint, partial)
         if merge or not has_lora:
@@ -92,11 +90,6 @@ def export(
         (partial / "config.yaml").write_text(config, encoding="utf-8")
         card = model_card(files, flow, repository, pictures, merged=merge)
         card.save(partial / "README.md")
-        partial.replace(folder)
-    except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import atomic_path
 from lightning_fdfo.flow import Conditioning
 
 SMALL = 1 << 24
@@ -67,22 +66,15 @@ class TextCache:
             ConfigurationError: it cannot be written, for want of space, say.
         """
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        partial = path.with_suffix(".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in conditioning.tensors.items()}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"keys": json.dumps([_key(text) for text in texts])})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
+            with atomic_path(path) as partial:
+                save_file(tensors, partial, metadata={"keys": json.dumps([_key(text) for text in texts])})
+        except (OSError, SafetensorError, ConfigurationError) as error:
             raise ConfigurationError(
                 f"flow.text_cache: cannot write to {self.folder} ({error}); "
                 "choose a folder with room, or make some; what is there can be deleted at any time"
             ) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
         self._add(path)
 
     def read(self, texts: Sequence[str]) -> Conditioning:

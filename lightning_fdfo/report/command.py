@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_fdfo.callbacks.run_folder import write_text
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import write_text
 from lightning_fdfo.report.page import render_page
 from lightning_fdfo.report.run_files import RunFiles
 
