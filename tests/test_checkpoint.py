@@ -127,7 +127,7 @@ def fit(run, epochs, ckpt_path=None):
     saving = ModelCheckpoint(dirpath=folder / run, filename="{epoch}", save_last=True, save_on_train_epoch_end=True)
     trainer = Trainer(
         max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        default_root_dir=folder, callbacks=[saving], plugins=[checkpoint.AtomicCheckpointIO()],
+        default_root_dir=folder / run, callbacks=[saving], plugins=[checkpoint.AtomicCheckpointIO()],
     )
     trainer.fit(module, PromptDataModule(str(folder / "prompts.txt")), ckpt_path=ckpt_path)
 
@@ -153,6 +153,7 @@ def die_at(stage, name):
         if dying_save.here and stage == "renamed":
             os._exit(9)
 
+    dying_save.here = False
     torch.save, Path.replace = dying_save, dying_replace
 
 def apart(work, *arguments):

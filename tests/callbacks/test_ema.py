@@ -75,12 +75,13 @@ def test_the_formula(toy_module, fit, warmup, decays):
     assert_close(ema.average, expected[-1])
 
 
-def test_it_follows_steps_not_batches(toy_module, fit):
+def test_it_follows_steps_not_batches(toy_module, fit, tmp_path):
     """Sums of gradients differ in their last bits between batch sizes, averages do no more than that."""
     results = []
     for batch_size in (64, 8):
         ema, watch = EMA(decay=0.5), Watch()
-        trainer = fit(toy_module(batch_size=batch_size), 2, callbacks=[ema, watch])
+        folder = tmp_path / str(batch_size)
+        trainer = fit(toy_module(batch_size=batch_size), 2, callbacks=[ema, watch], default_root_dir=folder)
         assert len(watch.after_batch) == trainer.accumulate_grad_batches * trainer.global_step
         assert ema.num_updates == trainer.global_step == 4
         results.append(ema.average)
@@ -146,7 +147,7 @@ def test_a_checkpoint_at_the_end_of_validation_or_in_its_midst_holds_the_weights
 def test_stop_and_resume_is_no_stop_to_the_bit(toy_module, fit, weights, val, tmp_path, sanity_steps):
     options = {"val": val, "num_sanity_val_steps": sanity_steps}
     whole, ema = toy_module(batch_size=16), EMA(0.9)
-    fit(whole, 6, callbacks=[ema], **options)
+    fit(whole, 6, callbacks=[ema], default_root_dir=tmp_path / "whole", **options)
     for epochs, ckpt_path in ((3, None), (6, "last")):
         saving = ModelCheckpoint(tmp_path / "c", save_last=True)
         resumed, resumed_ema = toy_module(batch_size=16), EMA(0.9)

@@ -38,9 +38,9 @@ class Notes(ModelCheckpoint):
 
 
 @pytest.fixture
-def numbers(greedy, fit):
+def numbers(greedy, fit, tmp_path):
     notes = Notes()
-    fit(greedy(), 6, callbacks=[notes], enable_checkpointing=True)
+    fit(greedy(), 6, callbacks=[notes], enable_checkpointing=True, default_root_dir=tmp_path / "numbers")
     return notes.seen
 
 

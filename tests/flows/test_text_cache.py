@@ -107,7 +107,7 @@ def test_two_processes_write_at_once_and_one_is_killed_before_it_renames(tmp_pat
     texts = [f"{name} {i}" for name in ("a", "b", "both") for i in range(40)]
     assert cache.missing(texts) == ["b 39"]
     assert pooled(cache, ["a 7", "b 38", "both 39", "both 5"]) == [7.0, 38.0, -39.0, -5.0]
-    assert len(list(tmp_path.glob("*.partial"))) == 1
+    assert len(list(tmp_path.glob(".*.partial-*"))) == 1
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "in the length", "in the header", "in the data"])

@@ -113,13 +113,8 @@ def test_another_trainer_is_refused_and_the_same_one_goes_on(fit, toy_module, tm
     trainer = fit(toy_module(), 1, callbacks=[ModelCheckpoint(tmp_path / "run", filename="{epoch}")], **keeping)
     with pytest.raises(ConfigurationError, match="holds a run already"):
         fit(toy_module(), 1, callbacks=[ModelCheckpoint(tmp_path / "run")], **keeping)
-    fit(
-        toy_module(),
-        2,
-        ckpt_path=str(tmp_path / "run/epoch=0.ckpt"),
-        callbacks=[ModelCheckpoint(tmp_path / "run")],
-        **keeping,
-    )
+    saving = ModelCheckpoint(tmp_path / "run")
+    fit(toy_module(), 2, ckpt_path=str(tmp_path / "run/epoch=0.ckpt"), callbacks=[saving], **keeping)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(trainer.lightning_module, PromptDataModule(str(tmp_path / "prompts.txt")))
     assert trainer.current_epoch == 2
