@@ -18,6 +18,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.finite import first_not_finite
 from lightning_fdfo.memory import human
 
 LIGHTNINGS = {"state_dict": dict, "pytorch-lightning_version": str}
@@ -203,3 +204,32 @@ def check_weights(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence
             f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
             f"first {first}: it has {has}, expected {needs}; use the configuration that it was written with"
         )
+
+
+def check_saved(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises ConfigurationError, with the tensor's name, if something of a checkpoint's is not finite.
+
+    Args:
+        tensors: by name.
+        what: to call them.
+
+    Example:
+        >>> check_saved({"B": torch.zeros(8, 4)}, "weights")
+    """
+    wrong = first_not_finite(tensors)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"the checkpoint's {what} cannot be used: {wrong}: its run had diverged; go on from an earlier one by "
+            "--ckpt_path FILE"
+        )
+
+
+def optimizer_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's optimisers, by a name that says which."""
+    return {
+        f"{key} of weight {number}": value
+        for optimizer in checkpoint.get("optimizer_states", ())
+        for number, state in optimizer.get("state", {}).items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }

@@ -58,8 +58,8 @@ class FDFOArgumentParser(LightningArgumentParser):
         return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints what is wrong and exits with 2."""
-        exit_code.end(exit_code.Told(exit_code.one_line(message)))
+        """Prints what is wrong and exits with 2; a settings object's own words take the place of the parser's."""
+        exit_code.end(exit_code.Told(exit_code.one_line(_own_words(ex) or message)))
 
 
 class RunRecord(SaveConfigCallback):
@@ -210,7 +210,10 @@ class FDFOCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds all; a LoRA that is to be judged takes the place of the configuration's."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise _own_words(error) or error from None
         self.model.lora_file = self.lora_file
 
     def before_fit(self) -> None:
@@ -243,6 +246,13 @@ class FDFOCLI(LightningCLI):
         if self.subcommand in ("test", "predict"):  # they write folders of their own, and nothing into a run's logs
             kwargs["logger"] = False
         return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+
+def _own_words(error: BaseException | None) -> ConfigurationError | None:
+    """What a settings object has said, under what the parser has made of it."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def main(run: Callable[[], Any] = FDFOCLI) -> Any:

@@ -24,7 +24,7 @@ from lightning_fdfo import memory
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.cli import FDFOCLI, as_list
 from lightning_fdfo.data import PromptDataModule
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.module import FDFOModule
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
             cli.trainer.fit(cli.model, cli.datamodule)
             findings += examination.findings
         except Exception as error:  # whatever it is, what was found before it is told too
-            known = isinstance(error, ConfigurationError | RewardError)
+            known = isinstance(error, ConfigurationError | DivergenceError | RewardError)
             told = str(error) if known else f"{type(error).__name__}: {error}"
             findings += [*examination.findings, Finding(False, told)]
     if not cli.trainer.is_global_zero:

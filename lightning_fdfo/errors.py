@@ -20,4 +20,8 @@ class RewardError(RuntimeError):
 
 
 class DivergenceError(RuntimeError):
-    """Gradients were not finite for several updates in a row. The message names the last checkpoint."""
+    """Velocities, images, weights, or the gradients of several updates in a row are not finite.
+
+    The message names prompt and step, tensor, or the last checkpoint. On the command line it is printed in one line,
+    without a traceback, and the exit code is 1.
+    """

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import singledispatch
 from typing import NamedTuple, NoReturn, TypeVar
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 
 T = TypeVar("T")
 
@@ -50,6 +50,11 @@ def _configuration(error: ConfigurationError) -> Told:
 @told.register
 def _reward(error: RewardError) -> Told:
     return Told(one_line(error), by_all=True)  # a reward may fail for one device's images
+
+
+@told.register
+def _divergence(error: DivergenceError) -> Told:
+    return Told(one_line(error), code=1, by_all=True)  # one device's images alone may not be finite
 
 
 def one_line(error: object) -> str:

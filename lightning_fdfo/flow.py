@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.lora import LoRA, bind_lora, fill_lora, lora_in_file
+from lightning_fdfo.lora import LoRA, bind_lora
+from lightning_fdfo.lora_contents import check_layers, fill_lora, lora_in_file
 
 Guidance = Literal["classifier-free", "embedded", "none"]
 """By a second forward with the negative prompt, as an input that the model was distilled on, or not at all."""
@@ -141,7 +142,8 @@ class FlowModel(nn.Module, ABC):
     def save_lora(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, which diffusers loads, into `folder`.
 
-        Each process must call it, for weights may be sharded; the first one writes.
+        The file must act the same where its metadata is not read: see `lora_folding.folded`. Each process must call it,
+        for weights may be sharded; the first one writes.
         """
 
     def encoding(self) -> AbstractContextManager[None]:
@@ -154,6 +156,10 @@ class FlowModel(nn.Module, ABC):
     def read_lora(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """The weights of a diffusers LoRA file, as `transformer.LAYER.lora_A.weight` and so on, and its metadata."""
         raise ConfigurationError(f"LoRA {file}: {type(self).__name__} cannot read LoRA files")
+
+    def check_lora(self, file: Path) -> None:
+        """Raises ConfigurationError unless a file holds a complete LoRA; the model need not be loaded."""
+        lora_in_file(*self.read_lora(file), file)
 
     def load_lora(self, file: Path) -> None:
         """Copies a file's weights into the LoRA that `add_lora` has made, scaled so that they do what they did.
@@ -170,10 +176,11 @@ class FlowModel(nn.Module, ABC):
             Its settings.
 
         Raises:
-            ConfigurationError: the file holds no LoRA of this transformer's.
+            ConfigurationError: the file holds no LoRA of this transformer's, or not all of one.
         """
         state, metadata = self.read_lora(file)
         lora = lora_in_file(state, metadata, file)
+        check_layers(self.transformer, state, metadata, file)
         bind_lora(self.transformer, lora, lora.targets or (), seed=0)
         fill_lora(self.transformer, state, metadata, file)
         return lora

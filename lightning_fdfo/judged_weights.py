@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.registry import HUB_NAME
-from lightning_fdfo.lora import check_lora_file
+from lightning_fdfo.lora_contents import check_lora_file
 from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.weights import Weights
 
@@ -33,7 +33,7 @@ def find_lora(ckpt_path: str) -> Path | None:
         ckpt_path: a file, a folder, or a hub name.
 
     Raises:
-        ConfigurationError: it is none of these, cannot be fetched, or is no safetensors file.
+        ConfigurationError: it is none of these, cannot be fetched, is no safetensors file, or not finite.
     """
     path = Path(ckpt_path).expanduser()
     if path.is_dir():

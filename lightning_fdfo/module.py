@@ -25,25 +25,29 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.checkpoint import check_settings, check_weights
+from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, optimizer_tensors
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.evaluation.base_weights import BaseWeights, has_lora
 from lightning_fdfo.evaluation.comparison import Comparison, Painted, Row
 from lightning_fdfo.evaluation.embedders import named_embedder
 from lightning_fdfo.evaluation.settings import Evaluation
+from lightning_fdfo.finite import check_trained
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.judgement import Judgement, gather, judge, own_rows
 from lightning_fdfo.lora import LoRA, dropout_layers
+from lightning_fdfo.lora_contents import check_lora_file, describe_lora
 from lightning_fdfo.monitoring import rollout_metrics
 from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
 from lightning_fdfo.parallel import check_strategy, shard, whole
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator
+from lightning_fdfo.ranges import check_number
 from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
+from lightning_fdfo.training.finite_weights import FiniteWeights, advice
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
 from lightning_fdfo.training.run_owner import RunOwner
 from lightning_fdfo.training.trainer_guard import check_accumulation, guard
@@ -60,11 +64,18 @@ class Objective:
         clip_range: > 0; how far a ratio may leave 1 before it is pulled back.
         normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
         kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
+
+    Raises:
+        ConfigurationError: a number out of its range, or not finite.
     """
 
     clip_range: float = 0.03
     normalization: Normalization = "mean_square"
     kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("objective.clip_range", self.clip_range, above=0)
+        check_number("objective.kl_weight", self.kl_weight, at_least=0)
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
@@ -159,7 +170,10 @@ class FDFOModule(LightningModule):
         self._logged: set[str] = set()
         self.judgement: Judgement | None = None  # of the last rollout, for callbacks
         self._unjudged: set[str] = set()
-        self._skipped = 0
+        self.num_updates = 0
+        """Optimiser steps of this `fit`, with those that were skipped because their gradient was not finite."""
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
         self._training_started = 0.0
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
@@ -170,20 +184,13 @@ class FDFOModule(LightningModule):
             raise ConfigurationError(
                 f"rewards and metrics are logged by name: {sorted(taken)} would be two; rename one"
             )
-        if objective.clip_range <= 0 or objective.kl_weight < 0:
-            raise ConfigurationError(f"expected clip_range > 0 and kl_weight >= 0, got {objective}")
-        if lora is not None:
-            lora.check()
         if objective.kl_weight and lora is None:
             raise ConfigurationError(
                 "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
             )
-        if not 0 <= max_dropped < 1 or max_skipped < 0:
-            raise ConfigurationError(
-                f"expected 0 <= max_dropped < 1 and max_skipped >= 0, got {max_dropped} and {max_skipped}"
-            )
-        if seed < 0:
-            raise ConfigurationError(f"seed: expected >= 0, got {seed}")
+        check_number("max_dropped", max_dropped, at_least=0, below=1)
+        check_number("max_skipped", max_skipped, at_least=0)
+        check_number("seed", seed, at_least=0)
 
     # Set-up: first all that needs no weights, then the model
 
@@ -197,7 +204,7 @@ class FDFOModule(LightningModule):
         """
         guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [callback() for callback in (RunOwner,) if callback not in present]
+        return [callback() for callback in (RunOwner, FiniteWeights) if callback not in present]
 
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
@@ -228,10 +235,13 @@ class FDFOModule(LightningModule):
             )
         check_strategy(self.trainer.strategy)
         self.flow.check()
-        if self.lora is not None:
-            self.lora.check_file()
-        elif getattr(self.flow, "quantization", None) is not None:
+        if self.lora is None and getattr(self.flow, "quantization", None) is not None:
             raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
+        if self.lora is not None and self.lora.init_lora is not None:
+            check_lora_file(Path(self.lora.init_lora), "lora.init_lora")
+            self.flow.check_lora(Path(self.lora.init_lora))
+        if self.lora_file is not None:
+            self.flow.check_lora(self.lora_file)
         if stage == "test" and self.embedder is not None:
             images = getattr(self.trainer.datamodule, "images_per_prompt", None)  # type: ignore[attr-defined]
             if images == 1:
@@ -302,7 +312,8 @@ class FDFOModule(LightningModule):
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         if self.lora_file is not None:
             adopted = self.flow.adopt_lora(self.lora_file)
-            rank_zero_info(f"LoRA of rank {adopted.rank} from {self.lora_file}")
+            layers = describe_lora(self.flow.transformer, self.flow.lora_targets)
+            rank_zero_info(f"LoRA of rank {adopted.rank} on {layers}, from {self.lora_file}")
         elif self.lora is not None:
             bound = self.flow.add_lora(self.lora, self.seed)
             self._dropouts = dropout_layers(self.flow.transformer)
@@ -335,6 +346,7 @@ class FDFOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Puts text encoders, VAE and rewards on the device."""
+        self.num_updates = self.num_skipped = self._skipped_in_a_row = 0
         self.place()
 
     def on_validation_start(self) -> None:
@@ -396,7 +408,7 @@ class FDFOModule(LightningModule):
         Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
         num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
         """
-        scored = gather(rollout, self.num_pairs, self._all_sum)
+        scored = gather(rollout, self.num_pairs, self.all_sum)
         kept = int(scored.whole.sum())
         dropped = 1 - kept / self.num_pairs
         if dropped > self.max_dropped:
@@ -421,7 +433,8 @@ class FDFOModule(LightningModule):
             if look is not None:
                 look(self.trainer, self, rollout)
 
-    def _all_sum(self, values: Tensor) -> Tensor:
+    def all_sum(self, values: Tensor) -> Tensor:
+        """The sum over devices, on the CPU."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
         return reduced
 
@@ -449,8 +462,8 @@ class FDFOModule(LightningModule):
         left, size = (
             velocity_divergence(velocity, base).sum() for velocity in (batch.old_velocity, torch.zeros_like(base))
         )
-        sums = self._all_sum(torch.stack([left, size]).double())
-        return (sums[0] / sums[1]).sqrt()
+        sums = self.all_sum(torch.stack([left, size])).double()  # on the CPU: not every device has float64
+        return (sums[0] / sums[1]).sqrt().float()
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch."""
@@ -503,9 +516,12 @@ class FDFOModule(LightningModule):
         """Logs the gradient's norm before clipping, and the learning rate; leaves out a gradient that is not finite."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = whole({"norm": torch.nn.utils.get_total_norm(gradients)})["norm"]
-        finite = bool(norm.isfinite()) or self.trainer.precision == "16-mixed"  # whose scaler skips by itself
-        self._skipped = 0 if finite else self._skipped + 1
-        if not finite:
+        finite = bool(norm.isfinite())
+        self.num_updates += 1
+        self.num_skipped += not finite
+        if finite or self.trainer.precision == "16-mixed":  # whose scaler skips by itself
+            self._skipped_in_a_row = 0
+        else:
             self._skip(norm)
         logged = {"train/learning_rate": optimizer.param_groups[0]["lr"], "train/skipped": float(not finite)}
         self._log_epoch(logged | ({"train/grad_norm": norm} if finite else {}), 1)
@@ -514,15 +530,10 @@ class FDFOModule(LightningModule):
         """Takes the gradients away: optimisers pass over weights without one."""
         for parameter in self.parameters():
             parameter.grad = None
+        self._skipped_in_a_row += 1
         told = f"update {self.trainer.global_step}: the gradient's norm is {norm.item()}"
-        if self._skipped > self.max_skipped:
-            callbacks = self.trainer.checkpoint_callbacks
-            paths = [getattr(one, name, "") for name in ("last_model_path", "best_model_path") for one in callbacks]
-            last = next(filter(None, paths), "")
-            raise DivergenceError(
-                f"{told}, as for {self.max_skipped} updates before it; go on from {last or 'an earlier checkpoint'} "
-                "with a smaller learning rate, or look at the rewards of the last epochs"
-            )
+        if self._skipped_in_a_row > self.max_skipped:
+            raise DivergenceError(f"{told}, as for {self.max_skipped} updates before it; {advice(self.trainer)}")
         warnings.warn(f"{told}: it is skipped", stacklevel=2)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
@@ -653,18 +664,24 @@ class FDFOModule(LightningModule):
     # Checkpoints: only what trains
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only, notes what they mean nothing without, and adds the rewards' scales."""
+        """Keeps the trainable weights only, notes what they mean nothing without, and adds the rewards' scales.
+
+        Raises:
+            DivergenceError: a weight is not finite; no file is written.
+        """
         checkpoint["fdfo"] = self._identity()
         checkpoint["shapes"] = self._shapes()
         checkpoint["reward_scales"] = self.rewards.state_dict()
         weights = checkpoint["state_dict"]  # empty but on the first process, where weights are sharded
         checkpoint["state_dict"] = {name: weights[name] for name in self._trainable() if name in weights}
+        check_trained(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is this module's.
 
         Raises:
-            ConfigurationError: the checkpoint's trainable weights, LoRA scale or seed are not this module's.
+            ConfigurationError: the checkpoint's trainable weights, LoRA scale or seed are not this module's, or a
+                number in it is not finite.
         """
         settings = self._identity()
         if not self.trainer.training:
@@ -674,6 +691,9 @@ class FDFOModule(LightningModule):
         check_weights(checkpoint.get("shapes", {}), self._shapes())
         if "state_dict" in checkpoint:  # where weights are sharded, the strategy has loaded it already
             check_weights({name: value.shape for name, value in checkpoint["state_dict"].items()}, self._shapes())
+        check_saved(checkpoint.get("state_dict") or self._trainable(), "weights")
+        if self.trainer.training:
+            check_saved(optimizer_tensors(checkpoint), "optimiser's state")
 
     def _identity(self) -> dict[str, float | None]:
         """Settings that a checkpoint's weights depend on, beside their names and shapes."""

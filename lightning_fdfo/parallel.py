@@ -5,7 +5,7 @@ DDP needs nothing here: a pair stays on the process that made it, and Lightning 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -101,3 +101,17 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
         for name, tensor in tensors.items()
     }
+
+
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """Sums over all processes, in double precision without a device that may not have it.
+
+    Example:
+        >>> sum_over_processes([1.0, 2.0])
+        [1.0, 2.0]
+    """
+    if not distributed.is_initialized():
+        return list(values)
+    everywhere: list[Sequence[float]] = [[]] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, list(values))
+    return [sum(column) for column in zip(*everywhere, strict=True)]

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import RewardError
 from lightning_fdfo.evaluation.image_statistics import image_statistics
+from lightning_fdfo.finite import WatchedVelocity
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
+from lightning_fdfo.ranges import check_number
 from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.routing import routes
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
@@ -41,7 +43,7 @@ class Sampling:
         rollout_batch_size: pairs a forward, on each device; sets memory only.
 
     Raises:
-        ConfigurationError: a count or size below 1, or a negative churn.
+        ConfigurationError: a count or size below 1, a negative churn, or a number that is not finite.
     """
 
     num_steps: int = 40
@@ -54,10 +56,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "height", "width", "rollout_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"sampling.{name}: expected at least 1, got {getattr(self, name)}")
-        if self.churn < 0 or (self.initial_churn or 0) < 0:
-            raise ConfigurationError(f"sampling.churn: expected >= 0, got {self.churn} (initial {self.initial_churn})")
+            check_number(f"sampling.{name}", getattr(self, name), at_least=1)
+        check_number("sampling.churn", self.churn, at_least=0)
+        check_number("sampling.initial_churn", self.initial_churn or 0, at_least=0)
+        check_number("sampling.guidance_scale", self.guidance_scale)
 
 
 class Rollout(NamedTuple):
@@ -134,6 +136,7 @@ def roll_out(
 
     Raises:
         RewardError: a reward failed, and `drop` is off; it names the pair.
+        DivergenceError: latents or images are not finite; it names pair, prompt and step.
     """
     start = time.perf_counter()
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
@@ -142,9 +145,7 @@ def roll_out(
     per_branch = conditioning[[row for row in range(len(pairs)) for _ in range(2)]]
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
 
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        return flow.velocity(latents, sigma, per_branch, sampling.guidance_scale)
-
+    velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, per_branch, sampling.guidance_scale))
     latents = stack_normal(generators, *shape).to(device)
     trajectories = sample_pairs(
         velocity,
@@ -156,6 +157,8 @@ def roll_out(
     images = flow.decode(trajectories.latents[:, -1])
     twice = [prompt for prompt in prompts for _ in range(2)]
     texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    names = [f"epoch {epoch}, pair {pairs[row // 2]}, prompt {text!r}" for row, text in enumerate(texts)]
+    velocity.check(trajectories.latents[:, -1], images, names, per_branch)
     to = routes(rewards.terms, metadata)
     try:
         scores = rewards(images, texts, metadata, drop, to)
@@ -198,6 +201,9 @@ def paint(
         sampling: settings; churn is not used.
         device: where the model is.
         repeats: N numbers that tell the images of one prompt apart; None for the first of each.
+
+    Raises:
+        DivergenceError: latents or images are not finite; it names prompt and step.
     """
     repeats = [0] * len(indices) if repeats is None else repeats
     generators = [
@@ -206,8 +212,11 @@ def paint(
     latents = stack_normal(generators, *flow.latent_shape(sampling.height, sampling.width)).to(device)
     conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, len(prompts)).to(device)
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
-    end = sample(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale), latents, sigmas)
-    return flow.decode(end)
+    velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale))
+    end = sample(velocity, latents, sigmas)
+    images = flow.decode(end)
+    velocity.check(end, images, [f"prompt {prompt.text!r} ({prompt.source})" for prompt in prompts], conditioning)
+    return images
 
 
 @torch.no_grad()

@@ -38,6 +38,17 @@ class TrajectoryPoints(NamedTuple):
     conditioning: Conditioning
     """B rows"""
 
+    def first(self) -> TrajectoryPoints:
+        """The first point alone."""
+        return TrajectoryPoints(
+            self.latents[:1],
+            self.sigma[:1],
+            self.old_velocity[:1],
+            self.direction[:1],
+            self.reward_difference[:1],
+            self.conditioning[[0]],
+        )
+
 
 def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: int) -> Tensor:
     """Which points of a pair are trained on, in the order in which they are dealt out.

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
 from lightning_fdfo.lora import LoRA, dropout_layers
+from lightning_fdfo.lora_contents import check_lora_file
 from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.sampling import sample
 
@@ -200,14 +201,13 @@ def test_a_run_starts_from_a_file_whatever_its_own_alpha(tmp_path, conditioning,
     trained = randomise(bound(LoRA(rank=4, alpha=12, **saved)))
     trained.save_lora(tmp_path)
     lora = LoRA(rank=4, dora=saved.get("dora", False), init_lora=str(tmp_path / NAME), **own)
-    lora.check()
     flow = bound(lora)
     expected = velocity(trained, conditioning)
     torch.testing.assert_close(velocity(flow, conditioning), expected, rtol=1e-4, atol=1e-4)
     assert all(value.dtype == torch.float32 for value in trainable(flow).values())
     assert {"lora_A", "lora_B"} <= {name.split(".")[-3] for name in trainable(flow)}
-    if own["alpha"] == 12 and not saved.get("rslora"):
-        assert all(torch.equal(value, trainable(flow)[name]) for name, value in trainable(trained).items())
+    if own["alpha"] == 12 and not saved.get("rslora"):  # folded into the file and out again: two roundings
+        torch.testing.assert_close(trainable(flow), trainable(trained), rtol=3e-7, atol=0)
 
 
 def test_a_file_without_metadata_has_scale_1_as_in_diffusers(tmp_path, conditioning):
@@ -279,13 +279,13 @@ def test_a_file_that_is_no_lora_file_is_refused_before_anything_loads(file, cont
     if content is not None:
         path.write_bytes(file.read_bytes()[:-8] if content == "truncated" else content)
     with pytest.raises(ConfigurationError, match=r"expected a \.safetensors file by diffusers' .*, got .*other"):
-        LoRA(init_lora=str(path)).check_file()
-    LoRA(init_lora=str(file)).check_file()
+        check_lora_file(path, "lora.init_lora")
+    check_lora_file(file, "lora.init_lora")
 
 
 def test_a_folder_is_no_file(tmp_path):
     with pytest.raises(ConfigurationError, match=r"expected a \.safetensors file"):
-        LoRA(init_lora=str(tmp_path)).check_file()
+        check_lora_file(tmp_path, "lora.init_lora")
 
 
 @pytest.mark.parametrize(
@@ -298,20 +298,19 @@ def test_a_folder_is_no_file(tmp_path):
         {"alpha": float("inf")},
         {"dropout": 1.0},
         {"dropout": -0.1},
+        {"dropout": float("nan")},
         {"targets": ()},
     ],
 )
 def test_settings_out_of_range_are_refused(settings):
     (name,) = settings
-    with pytest.raises(
-        ConfigurationError, match=rf"lora.*: expected .*{name if name != 'targets' else 'at least one'}"
-    ):
-        LoRA(**settings).check()
+    with pytest.raises(ConfigurationError, match=rf"lora\.{name}: expected"):
+        LoRA(**settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"rank": 1, "alpha": 0.1}, {"dropout": 0.99}, {"targets": ("to_q",)}])
 def test_settings_in_range_pass(settings):
-    LoRA(**settings).check()
+    LoRA(**settings)
 
 
 def test_equal_loras_are_equal_files(tmp_path):

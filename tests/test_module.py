@@ -272,10 +272,8 @@ def test_pairs_that_do_not_divide_are_refused_before_the_model_loads(toy_module,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": Objective(clip_range=0.0)}, "clip_range > 0"),
-        ({"objective": Objective(kl_weight=-1.0)}, "kl_weight >= 0"),
         ({"objective": Objective(kl_weight=1.0), "lora": None}, "kl_weight needs the base model"),
-        ({"seed": -1}, "seed: expected >= 0"),
+        ({"seed": -1}, "seed: expected a finite number of at least 0"),
     ],
 )
 def test_settings_that_cannot_work(options, message):

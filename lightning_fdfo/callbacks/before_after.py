@@ -16,6 +16,7 @@ from lightning_fdfo.callbacks.pictures import image_grid, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
+from lightning_fdfo.parallel import sum_over_processes
 
 
 class BeforeAfter(Callback):
@@ -73,7 +74,7 @@ class BeforeAfter(Callback):
             self._prompts += outputs["prompts"]
         for name, scores in outputs["scores"].items():
             value, count = self._sums.get(name, (0.0, 0))
-            scored = scores[scores.isfinite()].double()
+            scored = scores[scores.isfinite()].cpu().double()
             self._sums[name] = (value + scored.sum().item(), count + len(scored))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,9 +82,9 @@ class BeforeAfter(Callback):
         if not judges_a_fit(trainer):
             return
         names = list(self._sums)
-        local = torch.tensor([self._sums[name] for name in names], dtype=torch.float64, device=pl_module.device)
-        sums = trainer.strategy.reduce(local, reduce_op="sum").tolist()
-        means = {name: value / max(count, 1) for name, (value, count) in zip(names, sums, strict=True)}
+        sums = sum_over_processes([self._sums[name][0] for name in names])
+        counts = sum_over_processes([self._sums[name][1] for name in names])
+        means = {name: value / max(count, 1) for name, value, count in zip(names, sums, counts, strict=True)}
         if trainer.sanity_checking:
             self.before = means
         else:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_fdfo.checkpoint import check_saved
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.ranges import check_number
 
 
 class EMA(Callback):
@@ -44,8 +46,7 @@ class EMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
-        if not 0 < decay < 1:
-            raise ConfigurationError(f"EMA: expected 0 < decay < 1, got {decay}")
+        check_number("EMA: decay", decay, above=0, below=1)
         self.decay = decay
         self.warmup = warmup
         self.num_updates = 0
@@ -71,12 +72,13 @@ class EMA(Callback):
         self.num_updates, self.average = state_dict["num_updates"], dict(state_dict["average"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raises ConfigurationError if the checkpoint's average is of other weights than those that train here."""
+        """Raises ConfigurationError if the checkpoint's average is of other weights than those here, or not finite."""
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None:
             rank_zero_info("EMA: the checkpoint holds no average; one starts from its weights")
         else:
             _check(state["average"], pl_module)
+            check_saved(state["average"], "EMA's average")
 
     # Updates
 

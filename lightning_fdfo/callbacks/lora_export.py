@@ -9,12 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.finite import check_trained
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.parallel import is_first_process
 
 
 class LoRAExport(Callback):
     """Writes the LoRA as `pytorch_lora_weights.safetensors`, which diffusers loads, at the end of `fit`.
+
+    Its scale is folded into its weights (alpha = rank), so that it acts the same where metadata is not read.
 
     With an `EMA` among the callbacks, the averaged LoRA takes its place, and the LoRA as it was trained goes to a
     folder of that name and `_raw`: `lora/` and `lora_raw/`.
@@ -46,7 +49,8 @@ class LoRAExport(Callback):
 
 
 def _write_lora(pl_module: LightningModule, folder: Path) -> None:
-    """The first process writes; all take part, for weights may be sharded."""
+    """The first process writes; all take part, for weights may be sharded. What is not finite is not written."""
+    check_trained({name: value for name, value in pl_module.named_parameters() if value.requires_grad})
     partial = folder / ".partial"
     if is_first_process():
         partial.mkdir(parents=True, exist_ok=True)

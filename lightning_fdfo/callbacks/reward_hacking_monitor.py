@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,10 +43,11 @@ class Band:
         """Raises ConfigurationError unless one range is given, and something can lie in it."""
         given = [pair for pair in (self.value, self.change, self.times) if pair is not None]
         low, high = given[0] if len(given) == 1 else (None, None)
-        if (low is None and high is None) or (low is not None and high is not None and low >= high):
+        finite = all(bound is None or math.isfinite(bound) for bound in (low, high))
+        if not finite or (low is None and high is None) or (low is not None and high is not None and low >= high):
             raise ConfigurationError(
-                f"RewardHackingMonitor: {name}: expected one of value, change and times as [lowest, highest], null for "
-                f"no bound, e.g. {{times: [0.5, 2.0]}}, got {asdict(self)}"
+                f"RewardHackingMonitor: {name}: expected one of value, change and times as [lowest, highest], finite, "
+                f"null for no bound, e.g. {{times: [0.5, 2.0]}}, got {asdict(self)}"
             )
 
     @property

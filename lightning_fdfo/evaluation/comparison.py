@@ -127,7 +127,7 @@ def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
 def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """The values of some names, [N, K]."""
     count = len(next(iter(values.values())))
-    return torch.cat([torch.zeros(count, 0), *(values[name].double().cpu()[:, None] for name in names)], dim=1)
+    return torch.cat([torch.zeros(count, 0), *(values[name].cpu().double()[:, None] for name in names)], dim=1)
 
 
 def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_weights
+from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_saved, check_weights
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.finite import first_not_finite
 from lightning_fdfo.flow import FlowModel
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.lora import LoRA
+from lightning_fdfo.lora_contents import check_lora_file
 from lightning_fdfo.lora_file import LORA_FILE
+from lightning_fdfo.lora_folding import fold_file
 
 PREFIX = "flow.transformer."
 """Of a checkpoint's names: where the module keeps the transformer."""
@@ -49,7 +51,8 @@ def write_lora(
             raise ConfigurationError(
                 f"{file} is not there: the run has not ended, or had no LoRAExport; name a checkpoint by --ckpt_path"
             )
-        shutil.copyfile(file, folder / LORA_FILE)
+        check_lora_file(file, "export")
+        fold_file(file, folder / LORA_FILE)
         return
     weights = trained_weights(checkpoint)
     flow.load()
@@ -74,6 +77,9 @@ def write_pipeline(flow: DiffusersFlow, lora: Path | None, checkpoint: Path | No
         pipeline.load_lora_weights(lora)
         pipeline.fuse_lora(components=["transformer"])
         pipeline.unload_lora_weights()
+        wrong = first_not_finite(dict(pipeline.transformer.named_parameters()))
+        if wrong is not None:
+            raise ConfigurationError(f"--merge: the merged weights are beyond the range of flow.dtype: {wrong}")
     elif checkpoint is not None:
         flow.transformer = pipeline.transformer.requires_grad_(True)
         _fill(flow, trained_weights(checkpoint))
@@ -85,6 +91,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     saved = AtomicCheckpointIO().load_checkpoint(checkpoint)
     averages = [state["average"] for state in saved.get("callbacks", {}).values() if "average" in state]
     weights: dict[str, Tensor] = averages[0] if averages and averages[0] else saved["state_dict"]
+    check_saved(weights, "weights")
     return weights
 
 

@@ -26,11 +26,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.finite import check_trained, first_not_finite
 from lightning_fdfo.flow import Conditioning, FlowModel
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
 from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.lora_file import LORA_FILE, adapter_metadata, sort_metadata
+from lightning_fdfo.lora_folding import folded
 from lightning_fdfo.parallel import is_first_process, whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
@@ -153,8 +155,9 @@ class DiffusersFlow(Adapter, FlowModel):
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents as the VAE decodes them."""
         config = self.pipeline.vae.config
-        scaled: Tensor = latents / config.scaling_factor + config.shift_factor
-        return scaled
+        scaled: Tensor = latents / config.scaling_factor
+        shift = config.get("shift_factor")  # None of a VAE that has no shift
+        return scaled if shift is None else scaled + shift
 
     def pipeline_call(self, guidance_scale: float, negative_prompts: list[str] | None) -> dict[str, Any]:
         """Arguments of the pipeline's own call that say the same; for checks."""
@@ -220,8 +223,20 @@ class DiffusersFlow(Adapter, FlowModel):
                 f"flow.pretrained: {self.pretrained!r} is no model that can be read, here or on the hub: {error}"
             ) from error
         pipeline.set_progress_bar_config(disable=True)
+        self._check_weights(pipeline)
         self.adapt(pipeline)
         return pipeline
+
+    def _check_weights(self, pipeline: Any) -> None:
+        """Raises ConfigurationError, with the tensor's name, if a weight is not finite: nothing could come of it."""
+        for part in self._parts("text_encoder", "vae", "transformer"):
+            module = getattr(pipeline, part)
+            wrong = None if module is None else first_not_finite(dict(module.named_parameters()))
+            if wrong is not None:
+                raise ConfigurationError(
+                    f"flow.pretrained: {self.pretrained}, read as {self.dtype}: {part}.{wrong}: the file is damaged "
+                    "(fetch it again), or its numbers are beyond the range of flow.dtype (choose another)"
+                )
 
     def adapt(self, pipeline: Any) -> None:
         """Changes a pipeline that was just loaded, if the adapter needs that; raises if its scheduler is no Euler."""
@@ -414,7 +429,7 @@ class DiffusersFlow(Adapter, FlowModel):
         """Through the VAE, to [0, 1]."""
         vae = self.pipeline.vae
         images: Tensor = vae.decode(self.unscale(latents).to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        return to_unit_range(images)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -435,13 +450,18 @@ class DiffusersFlow(Adapter, FlowModel):
     # LoRA files
 
     def save_lora(self, folder: Path) -> None:
-        """By the pipeline's own `save_lora_weights`, with the metadata that carries alpha."""
+        """By the pipeline's own `save_lora_weights`, the scale folded into the weights, with the metadata that says so.
+
+        Raises:
+            DivergenceError: a weight is not finite; nothing is written.
+        """
         transformer = self.pipeline.transformer
-        weights = whole(get_peft_model_state_dict(transformer))
+        weights, settings = folded(whole(get_peft_model_state_dict(transformer)), adapter_metadata(transformer))
+        check_trained(weights)
         if not is_first_process():
             return
         self.pipeline_class.save_lora_weights(
-            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=adapter_metadata(transformer)
+            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings
         )
         sort_metadata(folder / LORA_FILE)
 
@@ -449,10 +469,16 @@ class DiffusersFlow(Adapter, FlowModel):
         """By the pipeline's own `lora_state_dict`, which knows other trainers' formats too."""
         read = self.pipeline_class.lora_state_dict
         options = {"weight_name": file.name, "return_lora_metadata": True}
-        if "return_alphas" in inspect.signature(read).parameters:  # it would drop them, were they not asked for
-            state, alphas, metadata = read(file.parent, return_alphas=True, **options)
-        else:
-            (state, metadata), alphas = read(file.parent, **options), None
+        try:
+            if "return_alphas" in inspect.signature(read).parameters:  # it would drop them, were they not asked for
+                state, alphas, metadata = read(file.parent, return_alphas=True, **options)
+            else:
+                (state, metadata), alphas = read(file.parent, **options), None
+        except Exception as error:  # its converters raise many kinds for a file that is of another model or format
+            raise ConfigurationError(
+                f"LoRA {file}: diffusers cannot read it for a {self.pipeline_class.__name__}: {error}; expected "
+                "transformer.LAYER.lora_A.weight and lora_B.weight, or another trainer's format for this very model"
+            ) from error
         own = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
         each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
         own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
@@ -472,6 +498,17 @@ def _split(conditioning: Conditioning) -> tuple[Conditioning, Conditioning]:
     positive = {n: t for n, t in conditioning.tensors.items() if not n.startswith("negative_")}
     negative = {n: conditioning.tensors[f"negative_{n}"] for n in positive if f"negative_{n}" in conditioning.tensors}
     return Conditioning(positive), Conditioning(negative)
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """A VAE's images, in [-1, 1], to float32 in [0, 1]; what is not finite becomes NaN: clamped, it would be a colour.
+
+    Example:
+        >>> to_unit_range(torch.tensor([-2.0, 0.0, 1.0, torch.inf]))
+        tensor([0.0000, 0.5000, 1.0000,    nan])
+    """
+    images = images.float()
+    return torch.where(images.isfinite(), (images / 2 + 0.5).clamp(0, 1), torch.nan)
 
 
 def dynamic_shift(config: Any, num_tokens: int) -> float:

@@ -78,11 +78,6 @@ class Sana(DiffusersFlow):
         """Of the image alone: blocks look at the text from aside."""
         return height * width // self.size_multiple**2
 
-    def unscale(self, latents: Tensor) -> Tensor:
-        """The VAE has no shift."""
-        scaled: Tensor = latents / self.pipeline.vae.config.scaling_factor
-        return scaled
-
     def pipeline_call(self, guidance_scale: float, negative_prompts: list[str] | None) -> dict[str, Any]:
         """At the size that is asked for."""
         return {**super().pipeline_call(guidance_scale, negative_prompts), "use_resolution_binning": False}

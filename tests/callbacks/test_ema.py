@@ -212,7 +212,7 @@ def test_a_callback_that_averaged_another_module_is_refused(toy_module, fit):
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5])
 def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(ConfigurationError, match="expected 0 < decay < 1, got"):
+    with pytest.raises(ConfigurationError, match="EMA: decay: expected a finite number above 0 and below 1, got"):
         EMA(decay)
 
 
