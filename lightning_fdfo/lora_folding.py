@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_fdfo.lora_contents import PREFIX, layers_with, scale_in_file, settings_in
@@ -54,17 +54,21 @@ def folded(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[di
     return weights, {**settings, **unscaled}
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """PEFT's settings in a file's header, as diffusers writes them; none without."""
+    with safe_open(file, framework="pt") as content:
+        settings: dict[str, Any] = json.loads((content.metadata() or {}).get(METADATA, "{}"))
+    return settings
+
+
 def fold_file(source: Path, target: Path) -> None:
     """Copies a LoRA file by diffusers, its scale folded into its weights; one without metadata has scale 1 already."""
-    with safe_open(source, framework="pt") as content:
-        header = content.metadata() or {}
-        state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a mapping
-    settings = json.loads(header.get(METADATA, "{}"))
+    settings, state = read_settings(source), load_file(source)
     own = {name: value for name, value in settings.items() if name.startswith(PREFIX)}
     weights, unscaled = folded(state, settings_in(own))
     described = {**settings, **{f"{PREFIX}{name}": value for name, value in unscaled.items()}}
     if not own or described == settings:
         shutil.copyfile(source, target)
         return
-    save_file(weights, target, {**header, METADATA: json.dumps(described, indent=2, sort_keys=True)})
+    save_file(weights, target, {"format": "pt", METADATA: json.dumps(described, indent=2, sort_keys=True)})
     sort_metadata(target)

@@ -113,9 +113,9 @@ class WinRates(Metric):
     def update(self, prompts: Tensor, tuned: Tensor, base: Tensor) -> None:
         """Adds a batch; one of no images is needed where a device has none."""
         self.prompts.append(prompts.to(self.device))
-        self.won.append(wins(tuned, base).to(self.device))
+        self.won.append(wins(tuned, base).float().to(self.device))  # 0, 0.5 and 1: no bit is lost
 
     def compute(self) -> list[WinRate]:
         """Over all images."""
-        prompts, won = dim_zero_cat(self.prompts).cpu(), dim_zero_cat(self.won).cpu()
+        prompts, won = dim_zero_cat(self.prompts).cpu(), dim_zero_cat(self.won).cpu().double()
         return [win_rate(prompts, column, **self.settings) for column in won.unbind(dim=1)]

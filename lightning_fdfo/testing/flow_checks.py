@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.lora import LoRA
+from lightning_fdfo.lora_contents import settings_in
+from lightning_fdfo.lora_file import LORA_FILE
+from lightning_fdfo.lora_folding import read_settings
 from lightning_fdfo.sampling import sample
 from lightning_fdfo.testing.conformance import Check, Result, examine, insist
 
@@ -276,17 +280,25 @@ def randomise(transformer: Any) -> None:
 
 
 def _lora_exports(subject: Subject) -> str | None:
-    """Exports the LoRA so that plain diffusers paints the same with it."""
+    """Exports the LoRA so that plain diffusers paints the same with it, from the weights alone: without alpha."""
     size, guidance_scale = subject.sizes[0], subject.guidance_scales[-1]
     base = subject.their_images(size, guidance_scale)
     with tempfile.TemporaryDirectory() as folder:
         subject.flow.save_lora(Path(folder))
-        subject.plain.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+        file = Path(folder) / LORA_FILE
+        settings = settings_in(read_settings(file))
+        subject.plain.load_lora_weights(load_file(file))
+    if settings.get("lora_alpha", 2) != 2 or settings.get("use_rslora") or settings.get("alpha_pattern"):
+        return (
+            "the file's metadata has an alpha that is not the rank: fold the scale into the weights (lora_folding.py)"
+        )
     ours, theirs = subject.our_images(size, guidance_scale), subject.their_images(size, guidance_scale)
     if subject.far(theirs, base) is None:
         return "the file changes nothing in plain diffusers"
     largest = subject.far(ours, theirs)
-    return None if largest is None else f"pixels differ by up to {largest:.2e}: does the file carry alpha?"
+    if largest is None:
+        return None
+    return f"pixels differ by up to {largest:.2e}: is the scale, alpha / rank, in the weights (lora_folding.py)?"
 
 
 CHECKS: tuple[Check, ...] = (

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_fdfo.errors import DivergenceError
 from lightning_fdfo.finite import finite_tensors
+from lightning_fdfo.parallel import reshard
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
@@ -59,6 +60,7 @@ class FiniteWeights(Callback):
         module = cast("FDFOModule", pl_module)
         with trainer.precision_plugin.forward_context():
             velocity = module.velocity(self._point)
+        reshard(module.flow.transformer)  # the checkpoint that comes next takes each device's own part
         if module.all_sum((~velocity.isfinite()).any().float().reshape(1)).any():
             raise DivergenceError(
                 f"epoch {trainer.current_epoch}: with the weights after its last update, velocities are not finite; "

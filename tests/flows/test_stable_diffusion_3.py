@@ -275,3 +275,15 @@ def test_dynamic_shifting_is_the_schedulers_own(tiny):
     flow.pipeline.scheduler = static
     static.set_timesteps(6)
     assert torch.equal(flow.sigmas(6, 32, 64), static.sigmas.cpu())
+
+
+def test_a_vae_without_a_shift_decodes(tiny):
+    """A plain AutoencoderKL's shift_factor is None."""
+    vae, latents = tiny.pipeline.vae, torch.randn(1, 8, 8, 16)
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    vae.register_to_config(shift_factor=None)
+    try:
+        assert torch.equal(tiny.unscale(latents), latents / scale)
+        assert tiny.decode(latents).isfinite().all()
+    finally:
+        vae.register_to_config(shift_factor=shift)

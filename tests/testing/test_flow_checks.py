@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
 
 from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
@@ -152,11 +153,21 @@ class MergesTheLoRA(Tiny):
 
 
 class ForgetsAlpha(Tiny):
+    """Writes B as it trains, of a LoRA whose scale is 3."""
+
+    metadata = False
+
     def save_lora(self, folder):
-        super().save_lora(folder)
-        (path,) = folder.glob("*.safetensors")
-        tensors = load_file(path)
-        save_file(tensors, path, metadata={"format": "pt"})
+        transformer, more = self.pipeline.transformer, {}
+        if self.metadata:
+            more = _collate_lora_metadata({"transformer": transformer})
+        self.pipeline.save_lora_weights(folder, get_peft_model_state_dict(transformer), **more)
+
+
+class KeepsAlphaInMetadata(ForgetsAlpha):
+    """Right where that is read, and nowhere else."""
+
+    metadata = True
 
 
 @pytest.mark.parametrize(
@@ -174,7 +185,8 @@ class ForgetsAlpha(Tiny):
         (BindsWhatDoesNothing, "takes a LoRA.*leaves the velocity as it was"),
         (LeavesWeightsOut, "takes a LoRA.*2 of its weights have no gradient"),
         (MergesTheLoRA, "takes a LoRA.*with the LoRA turned off"),
-        (ForgetsAlpha, "exports the LoRA.*alpha"),
+        (ForgetsAlpha, "exports the LoRA.*is the scale, alpha / rank, in the weights"),
+        (KeepsAlphaInMetadata, "exports the LoRA.*alpha that is not the rank"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
