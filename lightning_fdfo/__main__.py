@@ -1,5 +1,6 @@
 """The command `lightning-fdfo`, also `python -m lightning_fdfo`: imports what its first word needs, and no more."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None takes the process's.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path and not sys.flags.safe_path:  # as `python -m`: a reward's module may lie here
+        sys.path.insert(0, os.getcwd())
     command = COMMANDS.get(words[0]) if words else None
     if command is not None:
         raise SystemExit(exit_code.run(lambda: command(words[1:])))

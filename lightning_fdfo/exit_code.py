@@ -12,6 +12,7 @@ from functools import singledispatch
 from typing import NamedTuple, NoReturn, TypeVar
 
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
+from lightning_fdfo.reward_failure import author_lines
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Told(NamedTuple):
     text: str
     """For standard error; see `one_line`."""
     code: int = 2
-    """Of the process: 2 for what the user can mend before a run, other numbers for what ended one."""
+    """Of the process: 2 for what the user can mend before a run, other numbers for what ended one; 3 for a reward."""
     by_all: bool = False
     """False if all processes raise it alike, and the first one tells it; True if perhaps one alone does."""
 
@@ -49,7 +50,9 @@ def _configuration(error: ConfigurationError) -> Told:
 
 @told.register
 def _reward(error: RewardError) -> Told:
-    return Told(one_line(error), by_all=True)  # a reward may fail for one device's images
+    lines = "".join(author_lines(error)).rstrip()
+    text = f"{one_line(error)}\n{lines}" if lines else one_line(error)
+    return Told(text, code=3, by_all=True)  # a reward may fail for one device's images
 
 
 @told.register

@@ -24,7 +24,7 @@ class Scored(NamedTuple):
     """An epoch's scores, of all devices."""
 
     scores: dict[str, Tensor]
-    """name of a reward -> [2P], unweighted; NaN where it was not to score, or failed"""
+    """name of a reward -> [2P], float64, unweighted; NaN where it was not to score, or failed"""
     routes: dict[str, Tensor]
     """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
     statistics: dict[str, Tensor]
@@ -86,16 +86,18 @@ def gather(rollout: Rollout, num_pairs: int, all_sum: Callable[[Tensor], Tensor]
     Args:
         rollout: this device's pairs.
         num_pairs: P.
-        all_sum: sums a tensor over devices; the identity on one.
+        all_sum: sums a tensor of whole numbers over devices; the identity on one.
     """
     distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
     parts = (rollout.scores, rollout.routes, rollout.statistics)
-    own = torch.stack([*(column for part in parts for column in part.values()), distance])
-    everywhere = torch.zeros(len(own), 2 * num_pairs)
+    own = torch.stack([*(column.double() for part in parts for column in part.values()), distance.double()])
+    everywhere = torch.zeros(len(own), 2 * num_pairs, dtype=torch.float64)
     everywhere[:, own_rows(rollout.pairs)] += own  # each row is one device's, to which the others add 0
-    columns = iter(all_sum(everywhere))
-    scores, to, statistics = ({name: next(columns) for name in part} for part in parts)
-    return Scored(scores, to, statistics, next(columns))
+    # As whole numbers, their bits cross devices that have no float64, and a sum with 0 keeps each of them.
+    columns = iter(all_sum(everywhere.view(torch.int64)).view(torch.float64))
+    scores = {name: next(columns) for name in rollout.scores}
+    to, statistics = ({name: next(columns).float() for name in part} for part in parts[1:])
+    return Scored(scores, to, statistics, next(columns).float())
 
 
 def judge(scored: Scored, rewards: RewardMix, epoch: int) -> Judgement:

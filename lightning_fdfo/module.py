@@ -586,7 +586,7 @@ class FDFOModule(LightningModule):
         images, scores = self._painted(batch)
         prompts = [row.prompt.text for row in batch if row.counted]
         count = len(prompts)  # the others come last
-        scores = {name: value[:count] for name, value in scores.items()}
+        scores = {name: value[:count].float() for name, value in scores.items()}
         for name, value in scores.items():
             scored = value[value.isfinite()]
             self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))

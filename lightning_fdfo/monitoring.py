@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_fdfo.judgement import Judgement
-from lightning_fdfo.objective import half_differences
+from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward_mix import RewardMix
 
 Metric = tuple[str, float]
@@ -56,10 +56,10 @@ def rollout_metrics(judgement: Judgement, rewards: RewardMix, epoch: int) -> dic
     metrics |= dict(_of_one("reward", total, difference))
     size = difference.double().abs().sum()
     for name, score in kept.scores.items():
-        scored = ~half_differences(score).isnan()
+        scored = ~score_differences(score).isnan()
         if not scored.any():
             continue
-        metrics |= dict(_of_one(f"reward/{name}", score[scored], half_differences(score[scored])))
+        metrics |= dict(_of_one(f"reward/{name}", score[scored], score_differences(score[scored])))
         if rewards.terms[name].weight_at(epoch) and size:
             part = judgement.of_kept(judgement.parts[name])
             metrics[f"reward/{name}/share"] = ((difference.sign() * part).sum().double() / size).item()

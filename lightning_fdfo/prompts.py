@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,20 +51,31 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         path: .txt or .jsonl, UTF-8. Empty lines are passed over.
 
     Raises:
-        ConfigurationError: with file and line: missing, empty, not UTF-8, another ending, a line that is no prompt, is
-            longer than `MAX_LINE`, or holds control characters.
+        ConfigurationError: with file and line: missing, no file, empty, not UTF-8, another ending, a line that is no
+            prompt, is longer than `MAX_LINE`, or holds control characters.
     """
     path = Path(path)
     if path.suffix not in {".txt", ".jsonl"}:
         raise ConfigurationError(f"{path}: expected a prompt file that ends in .txt or .jsonl")
     parse = _parse_json if path.suffix == ".jsonl" else _parse_text
     try:
+        _check_kind(path)
         prompts = [parse(line, source) for line, source in _lines(path)]
     except OSError as error:
         raise ConfigurationError(f"prompt file {path} cannot be read: {error.strerror}") from error
     if not prompts:
         raise ConfigurationError(f"prompt file {path} is empty: expected a prompt a line")
     return prompts
+
+
+def _check_kind(path: Path) -> None:
+    """Raises ConfigurationError for what is no file: a pipe would be waited for, a device might never end."""
+    mode = path.stat().st_mode
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe (FIFO)", stat.S_IFSOCK: "a socket"}
+    if not stat.S_ISREG(mode):
+        raise ConfigurationError(
+            f"{path}: expected a prompt file, got {kinds.get(stat.S_IFMT(mode), 'a device')}: save its lines in a file"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

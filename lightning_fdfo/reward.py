@@ -14,17 +14,17 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.reward_signature import check_signature, read_signature
 from lightning_fdfo.weights import Weights
 
 ENTRY_POINT_GROUP = "lightning_fdfo.rewards"
@@ -65,6 +65,12 @@ class Reward(ABC):
     device: str | None = None
     """Where it runs, if not beside the flow: "cpu" for a reward that has no use for a GPU."""
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Remembers what it is made with: a message names the command that makes it again."""
+        reward = super().__new__(cls)
+        vars(reward)["_made_with"] = (arguments, options)
+        return reward
+
     @property
     def name(self) -> str:
         """What messages call it: its class's name."""
@@ -88,13 +94,17 @@ class Reward(ABC):
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch.
 
+        It should leave its arguments as they are. A mixture hands each reward copies of its own, so that one that
+        does not changes nothing for others.
+
         Args:
             images: [N, 3, H, W], float32 in [0, 1], on the device of `setup`.
             prompts: N strings.
             metadata: N mappings.
 
         Returns:
-            [N], float32, finite, on the images' device or the CPU.
+            [N], finite real numbers within float32's range, on the images' device or the CPU. float64 is kept until a
+            pair's scores are subtracted; whole numbers and bool (as 0 and 1) count as numbers, complex ones do not.
         """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,6 +119,9 @@ class FunctionReward(Reward):
         function: `function(images, prompts, metadata, **options) -> [N]`, as `Reward.__call__`.
         options: keyword arguments for it.
 
+    Raises:
+        ConfigurationError: a function that does not take these.
+
     Example:
         >>> brightest = FunctionReward(lambda images, prompts, metadata: images.amax(dim=(1, 2, 3)))
         >>> brightest(torch.ones(1, 3, 2, 2), [""], [{}])
@@ -116,6 +129,7 @@ class FunctionReward(Reward):
     """
 
     def __init__(self, function: Scorer, **options: Any) -> None:
+        check_signature(function, options)
         self.function = functools.partial(function, **options) if options else function
 
     @property
@@ -166,12 +180,14 @@ def load_reward(name: str, **init_args: Any) -> Reward:
     """
     found = load_reward_class(name)
     try:
-        return found(**init_args) if isinstance(found, type) else _bind(found, init_args)
-    except ConfigurationError:
+        return found(**init_args) if isinstance(found, type) else FunctionReward(found, **init_args)
+    except ConfigurationError as error:
+        raise ConfigurationError(error if isinstance(found, type) else f"reward {name!r}: {error}") from error
+    except KeyboardInterrupt:
         raise
-    except Exception as error:  # a plugin is foreign code: whatever it raises is told with its name
+    except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         said = error if isinstance(error, TypeError | ValueError) else repr(error)
-        raise ConfigurationError(f"reward {name}{inspect.signature(found)}: {said}") from error
+        raise ConfigurationError(f"reward {name}{read_signature(found) or ''}: {said}") from error
 
 
 def load_reward_class(name: str) -> type[Reward] | Scorer:
@@ -191,9 +207,13 @@ def load_reward_class(name: str) -> type[Reward] | Scorer:
         else:
             module, _, attribute = name.rpartition(".")
             found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a plugin is foreign code: whatever it raises is told with its name
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         origin = f" of {_distribution(entry)}" if entry is not None else ""
         cure = "update or uninstall that distribution" if entry is not None else "check the path, and that it imports"
+        if isinstance(error, ModuleNotFoundError) and not f"{name}.".startswith(f"{error.name}."):
+            cure = f"pip install {str(error.name).partition('.')[0]}"
         raise ConfigurationError(f"reward {name!r}{origin} cannot be imported: {error!r}; {cure}") from error
     if not (issubclass(found, Reward) if isinstance(found, type) else callable(found)):
         raise ConfigurationError(
@@ -205,30 +225,6 @@ def load_reward_class(name: str) -> type[Reward] | Scorer:
 def as_reward(scorer: Reward | Scorer) -> Reward:
     """A reward as it is; a plain function in a FunctionReward."""
     return scorer if isinstance(scorer, Reward) else FunctionReward(scorer)
-
-
-def describe(reward: Reward) -> str:
-    """A reward's class and the distribution that it comes from, for messages.
-
-    Example:
-        >>> describe(load_reward("JPEGSize"))
-        'JPEGSize of lightning-fdfo-rewards'
-    """
-    source = reward.function if isinstance(reward, FunctionReward) else type(reward)
-    module = getattr(source, "__module__", None) or type(source).__module__
-    names = _distributions().get(module.partition(".")[0], [])
-    return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
-
-
-@functools.cache  # it looks at every installed distribution
-def _distributions() -> Mapping[str, list[str]]:
-    return packages_distributions()
-
-
-def _bind(function: Scorer, init_args: Mapping[str, Any]) -> Reward:
-    """A function with its options; raises TypeError for those that it does not take."""
-    inspect.signature(function).bind(None, None, None, **init_args)
-    return FunctionReward(function, **init_args)
 
 
 def _distribution(entry: EntryPoint) -> str:

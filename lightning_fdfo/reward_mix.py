@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.objective import half_differences
+from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward import Metadata, as_reward
 from lightning_fdfo.reward_set import RewardSet
 from lightning_fdfo.reward_term import parse_terms
@@ -41,8 +41,8 @@ class RewardMix:
 
     Args:
         terms: name -> weight, or name -> `{reward: NAME or {class_path, init_args}, weight, scale, clip, gate,
-            device}`, or (in Python) name -> RewardTerm. The short form's name is the reward's; the long form's is free,
-            so that one class can come several times.
+            device, time_limit}`, or (in Python) name -> RewardTerm. The short form's name is the reward's; the long
+            form's is free, so that one class can come several times.
 
     Raises:
         ConfigurationError: nothing in it, an unknown key or reward, a value that makes no sense.
@@ -58,7 +58,11 @@ class RewardMix:
         self.terms = parse_terms(terms)
         self.rewards = {name: as_reward(term.reward) for name, term in self.terms.items()}
         self.running = {name: RunningStd() for name, term in self.terms.items() if term.scale == "std"}
-        self._set = RewardSet(self.rewards, {name: term.device for name, term in self.terms.items()})
+        self._set = RewardSet(
+            self.rewards,
+            {name: term.device for name, term in self.terms.items()},
+            {name: term.time_limit for name, term in self.terms.items()},
+        )
 
     # Set-up
 
@@ -114,11 +118,12 @@ class RewardMix:
                 sends all to all.
 
         Returns:
-            name -> [N], float32, on the CPU: each reward's own scores, unweighted; NaN where it was not to score.
+            name -> [N], float64, on the CPU: each reward's own scores, unweighted; NaN where it was not to score.
 
         Raises:
-            RewardError: a reward raised something, or gave another shape, or a number that is not finite. A failure is
-                never a score. It names the prompt, and `row` says which it is, if the image by itself fails too.
+            RewardError: a reward raised something, took longer than its time limit, or gave another shape, or something
+                else than finite real numbers. A failure is never a score. It names the prompt, and `row` says which it
+                is, if the image by itself fails too.
         """
         rows: dict[str, Sequence[int]] = dict.fromkeys(self.terms, range(len(images)))
         if routes is not None:
@@ -135,7 +140,7 @@ class RewardMix:
             scores: name -> [2P], of all devices; pairs with NaN were not scored, and do not count.
         """
         for name, running in self.running.items():
-            differences = half_differences(scores[name])
+            differences = score_differences(scores[name])
             running.update(epoch, differences[differences.isfinite()])
 
     @property
@@ -167,7 +172,7 @@ class RewardMix:
         Raises:
             ValueError: a scale is not known yet.
         """
-        parts = [self._weighed(name, scores[name], routes, epoch) for name in self.terms]
+        parts = [self._weighed(name, scores[name].float(), routes, epoch) for name in self.terms]
         return torch.stack(parts).sum(dim=0)
 
     def differences(
@@ -188,7 +193,7 @@ class RewardMix:
         """
         parts = {}
         for name in self.terms:
-            part = self._weighed(name, half_differences(scores[name]), routes, epoch, self.terms[name].clip)
+            part = self._weighed(name, score_differences(scores[name]), routes, epoch, self.terms[name].clip)
             parts[name] = torch.where(self.passes(name, scores), part, 0.0)
         return parts
 
@@ -215,13 +220,13 @@ class RewardMix:
         gate = self.terms[name].gate
         if gate is None:
             return torch.ones(len(scores[name]), dtype=torch.bool)
-        score = scores[gate.reward]
+        score = scores[gate.reward].float()  # as the bounds: a float32 of 0.8 is not above 0.8
         passing = (score > gate.above) & (score < gate.below)
         return passing.view(-1, 2).all(dim=1).repeat_interleave(2)
 
     def preference(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
         """How much better a term finds a branch than its partner, in the reward's own units: [2P]; NaN: not scored."""
-        return self._sign(name) * half_differences(scores[name])
+        return self._sign(name) * score_differences(scores[name])
 
     # State: the running deviations
 

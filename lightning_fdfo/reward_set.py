@@ -6,18 +6,24 @@ Legend: N images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
-from lightning_fdfo.reward import Metadata, Reward, describe
+from lightning_fdfo.errors import RewardError
+from lightning_fdfo.reward import Metadata, Reward
+from lightning_fdfo.reward_call import check_device, check_prompt, guarded, overdue, score_images
+from lightning_fdfo.reward_waiting import OverdueError, TimeLimit, start
 
 MAX_FAILURES = 3
 """Images in a row that may fail one by one before the rest of a batch counts as failed too."""
+
+
+class _OverdueRewardError(RewardError):
+    """A reward did not end in time; it may still be running."""
 
 
 class RewardSet:
@@ -26,22 +32,30 @@ class RewardSet:
     Args:
         rewards: name -> reward.
         devices: name -> where it runs; None takes the reward's own, else that of `setup`.
+        time_limits: name -> seconds for scoring a batch; None, or not named: for ever.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], devices: Mapping[str, str | None]) -> None:
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        devices: Mapping[str, str | None],
+        time_limits: Mapping[str, float | None] | None = None,
+    ) -> None:
         self.rewards = rewards
         self.devices = devices
+        self._limits = {name: TimeLimit(limit) for name, limit in (time_limits or {}).items() if limit is not None}
         self._devices: dict[str, torch.device] = {}
 
     def check(self, name: str, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError if a reward cannot score this prompt."""
-        with _told(name, self.rewards[name], "cannot check a prompt"):
-            self.rewards[name].check(prompt, metadata)
+        check_prompt(name, self.rewards[name], prompt, metadata)
 
     def fetch(self) -> None:
-        """Fetches all weights into the cache."""
+        """Fetches all weights into the cache; raises ConfigurationError for a device that is not here."""
         for name, reward in self.rewards.items():
-            with _told(name, reward, "cannot fetch its weights"):
+            if own := self.devices[name] or reward.device:
+                check_device(name, own)
+            with guarded(name, reward, "cannot fetch its weights", "it fetches its weights"):
                 reward.fetch()
 
     def setup(self, device: torch.device) -> None:
@@ -49,7 +63,8 @@ class RewardSet:
         for name, reward in self.rewards.items():
             own = torch.device(self.devices[name] or reward.device or device)
             self._devices[name] = device if own == torch.device(device.type) else own  # "cuda" is the flow's own
-            with _told(name, reward, f"cannot be set up on {self._devices[name]}"):
+            where = f"set up on {self._devices[name]}"
+            with guarded(name, reward, f"cannot be {where}", f"it is being {where}"):
                 reward.setup(self._devices[name])
 
     def __call__(
@@ -76,11 +91,15 @@ class RewardSet:
 
         if not elsewhere:
             return score(here)
-        with ThreadPoolExecutor(len(elsewhere)) as pool:
-            pending = [pool.submit(score, names) for names in elsewhere]
+        pending = [start(partial(score, names)) for names in elsewhere]
+        try:
             scores = score(here)
-            for future in pending:
-                scores |= future.result()
+        except Exception:
+            wait(pending)  # a caller may use its images again; ctrl-C does not wait
+            raise
+        wait(pending)
+        for future in pending:
+            scores |= future.result()
         return {name: scores[name] for name in self.rewards}
 
     def _by_thread(self, device: torch.device) -> tuple[list[str], list[list[str]]]:
@@ -107,7 +126,7 @@ class RewardSet:
         """One reward's scores of some rows of the batch; NaN for the others."""
         if len(rows) == len(images):
             return self._score(name, images, prompts, metadata, drop)
-        scores = torch.full((len(images),), torch.nan)
+        scores = _no_scores(len(images))
         if rows:
             chosen = list(rows)
             try:
@@ -125,6 +144,11 @@ class RewardSet:
         """One reward's scores; those of a batch that fails one by one, to know which image it is."""
         try:
             return self._score_batch(name, images, prompts, metadata)
+        except _OverdueRewardError as error:  # it may still be running: it is not asked again for each image
+            if not drop:
+                raise
+            warnings.warn(f"dropped, with their pairs: {len(images)} images: {error}", stacklevel=2)
+            return _no_scores(len(images))
         except RewardError as error:
             failed = error
         scores, failures = [], 0
@@ -141,41 +165,23 @@ class RewardSet:
                     located.row = row
                     raise located from error
                 warnings.warn(f"dropped, with its pair: prompt {prompt!r}: {error}", stacklevel=2)
-                scores.append(torch.tensor([torch.nan]))
+                scores.append(_no_scores(1))
         if not drop:
             raise failed
         return torch.cat(scores)
 
-    @torch.no_grad()  # here, because a thread has a grad mode of its own
     def _score_batch(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """One reward's scores, held to the contract."""
-        reward = self.rewards[name]
-        images = images.to(self._devices.get(name, images.device))
-        with (
-            _told(name, reward, f"failed on images on {images.device}"),
-            torch.autocast(images.device.type, enabled=False),  # a score's digits are not the trainer's to cut
-        ):
-            score = torch.as_tensor(reward(images, prompts, metadata)).detach().float().cpu()
-        if score.shape != (len(images),):
-            raise _failure(name, reward, f"expected [{len(images)}] scores, got shape {list(score.shape)}")
-        if not bool(score.isfinite().all()):
-            row = int((~score.isfinite()).nonzero()[0])
-            raise _failure(name, reward, f"score {score[row].item()} for prompt {prompts[row]!r}")
-        return score
+        """One reward's scores, within its time limit."""
+        reward, device = self.rewards[name], self._devices.get(name, images.device)
+        call = partial(score_images, name, reward, device, images, prompts, metadata)
+        limit = self._limits.get(name)
+        if limit is None:
+            return call()
+        try:
+            return limit(call)
+        except OverdueError as error:
+            raise _OverdueRewardError(*overdue(name, reward, len(images), limit.seconds, str(error)).args) from error
 
 
-@contextmanager
-def _told(name: str, reward: Reward, what: str) -> Iterator[None]:
-    """Turns whatever foreign code raises into a RewardError with its name; what the user can mend passes."""
-    try:
-        yield
-    except (ConfigurationError, RewardError):
-        raise
-    except Exception as error:
-        raise _failure(name, reward, f"{what}: {error!r}") from error
-
-
-def _failure(name: str, reward: Reward, what: str) -> RewardError:
-    """Names the reward, its distribution, what happened, and the cure."""
-    cure = f"`lightning-fdfo rewards check {reward.name}` shows what a reward must do"
-    return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {cure}")
+def _no_scores(count: int) -> Tensor:
+    return torch.full((count,), torch.nan, dtype=torch.float64)

@@ -56,6 +56,7 @@ class RewardTerm:
         device: where it runs; None takes the reward's own, else the flow's.
         clip: > 0; bounds a pair's half difference, after the scale and before the weight; None does not.
         gate: for which pairs it counts; None for all.
+        time_limit: > 0; seconds that scoring one batch may take, after which the reward has failed; None: no limit.
 
     Example:
         >>> term = RewardTerm(lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)), {0: 1.0, 20: 0.5})
@@ -69,6 +70,7 @@ class RewardTerm:
     device: str | None = None
     clip: float | None = None
     gate: Gate | None = None
+    time_limit: float | None = None
 
     def weight_at(self, epoch: int) -> float:
         """Its weight in an epoch: a function of the epoch alone."""
@@ -83,7 +85,7 @@ class RewardTerm:
         return not any(self.weight.values() if isinstance(self.weight, Mapping) else [self.weight])
 
 
-KEYS = {"reward", "weight", "scale", "device", "clip", "gate"}
+KEYS = {"reward", "weight", "scale", "device", "clip", "gate", "time_limit"}
 """Of the long form."""
 
 
@@ -110,7 +112,7 @@ def _parse_term(name: str, value: Any) -> RewardTerm:
     if _is_number(value):
         return RewardTerm(_load(name), float(value))
     if not isinstance(value, Mapping) or "reward" not in value or set(value) - KEYS:
-        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate and device, got {value!r}")
+        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate, device and time_limit, got {value!r}")
     reward = value["reward"]
     if isinstance(reward, str):
         reward = load_reward(reward)
@@ -143,6 +145,10 @@ def _checked(name: str, term: RewardTerm) -> RewardTerm:
         )
     if term.clip is not None and not _is_positive(term.clip):
         raise ConfigurationError(f"rewards.{name}: expected clip null or a number above 0, got clip {term.clip!r}")
+    if term.time_limit is not None and not _is_positive(term.time_limit):
+        raise ConfigurationError(
+            f"rewards.{name}: expected time_limit null or seconds above 0, got time_limit {term.time_limit!r}"
+        )
     try:
         torch.device(term.device or "cpu")
     except (RuntimeError, TypeError) as error:
@@ -154,6 +160,7 @@ def _checked(name: str, term: RewardTerm) -> RewardTerm:
         weight=_parse_weight(name, term.weight),
         scale=term.scale if term.scale in ("none", "std") else float(term.scale),
         clip=None if term.clip is None else float(term.clip),
+        time_limit=None if term.time_limit is None else float(term.time_limit),
         gate=_parse_gate(name, term.gate),
     )
 

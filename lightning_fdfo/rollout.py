@@ -76,7 +76,7 @@ class Rollout(NamedTuple):
     conditioning: Conditioning
     """P rows"""
     scores: dict[str, Tensor]
-    """name of a reward -> [2P], unweighted; NaN where it was not to score, or failed"""
+    """name of a reward -> [2P], float64, unweighted; NaN where it was not to score, or failed"""
     routes: dict[str, Tensor]
     """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
     statistics: dict[str, Tensor]

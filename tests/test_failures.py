@@ -80,7 +80,7 @@ def test_a_reward_that_fails_on_batches_alone():
         mixture(IMAGES, PROMPTS, [{}] * 4)
     assert error.value.row is None
     scores = mixture(IMAGES, PROMPTS, [{}] * 4, drop=True)["judge"]
-    torch.testing.assert_close(scores, brightness(IMAGES, PROMPTS, []))
+    torch.testing.assert_close(scores.float(), brightness(IMAGES, PROMPTS, []))
 
 
 def test_by_default_the_run_stops_and_names_the_pair(toy_module, fit):

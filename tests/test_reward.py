@@ -9,7 +9,8 @@ import torch
 import lightning_fdfo
 from lightning_fdfo import Reward, reward
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward import available_rewards, describe, load_reward
+from lightning_fdfo.reward import available_rewards, load_reward
+from lightning_fdfo.reward_origin import describe
 
 
 class Constant(Reward):

@@ -531,9 +531,16 @@ def test_sixteen_bits_a_channel_are_refused_not_made_white(tmp_path, refused):
         ("one_for_all", r"expected \[3\] scores, got shape \[\]"),
     ],
 )
-def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, tmp_path, refused, scorer, message):
+def test_a_reward_that_fails_is_named_and_nothing_is_written(folder, tmp_path, run, scorer, message):
     output = tmp_path / "scores.csv"
-    line = refused("score", folder, "--reward", f"{__name__}.{scorer}", "--output", output)
+    code, out, err = run("score", folder, "--reward", f"{__name__}.{scorer}", "--output", output)
+    line, *frames = err.splitlines()
+    assert (code, out) == (3, "")
+    assert line.startswith("error: ")
+    assert f"`lightning-fdfo rewards check {__name__}.{scorer}`" in line
+    files = [frame for frame in frames if frame.startswith("  File ")]
+    assert len(files) == (scorer == "fails")
+    assert all(__file__ in file for file in files)
     assert f"reward '{__name__}.{scorer}' ({scorer} of the module {__name__})" in line
     assert re.search(message, line)
     assert not output.exists()
@@ -576,7 +583,7 @@ def test_check_tells_what_is_broken_and_exits_with_one(plugin, run):
     assert (code, err) == (1, "")
     *passed, failed, last = out.splitlines()
     assert all(line.startswith("ok ") for line in passed)
-    assert failed.startswith("FAILED gives one finite float32 number an image: got [nan, nan, nan, nan]")
+    assert failed.startswith("FAILED gives one finite number an image: got [nan, nan, nan, nan]")
     assert last == "gaining.gained breaks the contract"
 
 

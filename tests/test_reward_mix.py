@@ -346,7 +346,7 @@ def test_a_failure_is_never_a_score(scores, message):
     mix = RewardMix({"r": RewardTerm(broken)})
     with pytest.raises(RewardError, match=rf"reward 'r' \(broken of the module {__name__}\).*{message}") as raised:
         mix(IMAGES, *ROWS)
-    assert "`lightning-fdfo rewards check broken`" in str(raised.value)
+    assert "`lightning_fdfo.testing.check_reward(...)` shows what" in str(raised.value)
 
 
 def test_a_set_up_that_fails_names_the_reward_and_its_device():
@@ -379,5 +379,5 @@ def test_foreign_code_that_breaks_early_is_named_too(method):
 
     setattr(Broken, method, fail)
     mix = RewardMix({"r": RewardTerm(Broken())})
-    with pytest.raises(RewardError, match=r"'r' \(Broken of .*cannot .*'surprise'.*rewards check Broken"):
+    with pytest.raises(RewardError, match=r"'r' \(Broken of .*cannot .*'surprise'.*check_reward"):
         mix.check("p", {}) if method == "check" else mix.fetch()

@@ -93,10 +93,10 @@ def test_a_reward_sees_only_the_prompts_that_go_to_it():
     assert answer.asked == ["q", "r"]
     assert torch.equal(scores["light"], light)
     assert scores["answer"].isnan().tolist() == [True, False, False, True]
-    torch.testing.assert_close(scores["answer"][1:3], light[1:3] + torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(scores["answer"][1:3].float(), light[1:3] + torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(
         mix.total(scores, routes(mix.terms, metadata)),
-        torch.stack([light[0], light[1] + scores["answer"][1], light[2], 2 * light[3]]),
+        torch.stack([light[0], light[1] + scores["answer"][1].float(), light[2], 2 * light[3]]),
     )
 
 

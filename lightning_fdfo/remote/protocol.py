@@ -90,7 +90,7 @@ AnyPrompts = TypeVar("AnyPrompts", bound=Prompts)
 
 
 class Scores(BaseModel):
-    """A score an image: a float32 as JSON's number, which gives back the same float32."""
+    """A score an image: a float64 as JSON's number, which gives back the same float64."""
 
     scores: list[FiniteFloat]
 

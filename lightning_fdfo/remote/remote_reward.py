@@ -201,7 +201,7 @@ class RemoteReward(Reward):
         if answer.status != 200:
             raise RemoteError(f"{self.url}: {answer.detail}")
         try:
-            scores = torch.tensor(Scores.model_validate_json(answer.body).scores, dtype=torch.float32)
+            scores = torch.tensor(Scores.model_validate_json(answer.body).scores, dtype=torch.float64)
         except (ValidationError, RuntimeError) as error:
             raise RemoteError(f"{self.url}: expected scores, got {answer.detail[:200]}") from error
         if scores.shape != (len(images),) or not bool(scores.isfinite().all()):

@@ -32,7 +32,9 @@ def examine(checks: Sequence[Check], sample: Any) -> Iterator[Result]:
         question = question[0].lower() + question[1:]
         try:
             problem = check(sample)
-        except Exception as error:  # a plugin is foreign code
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin is foreign code, which may even exit
             problem = str(error) if isinstance(error, ConfigurationError) else f"it raised {error!r}"
         yield Result(question, problem)
         if problem and fatal:

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward import FunctionReward, Metadata, Reward, as_reward, describe
+from lightning_fdfo.reward import FunctionReward, Metadata, Reward, as_reward
+from lightning_fdfo.reward_call import own_metadata
+from lightning_fdfo.reward_origin import describe
 from lightning_fdfo.testing.conformance import Result, examine, insist
 
 PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
@@ -50,9 +52,9 @@ class Sample:
     tolerance: float
 
     def score(self, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
-        """Scores of some of the images, in a copy, so that a reward cannot change the sample."""
+        """Scores of some of the images, of copies, so that a reward cannot change the sample."""
         chosen = (self.images if images is None else images)[rows].clone()
-        return self.reward(chosen, list(self.prompts[rows]), list(self.metadata[rows]))
+        return self.reward(chosen, list(self.prompts[rows]), [own_metadata(row) for row in self.metadata[rows]])
 
     def close(self, scores: Tensor, others: Tensor) -> bool:
         """Whether they agree to the tolerance, relative above 1 and absolute below."""
@@ -86,7 +88,7 @@ def check_reward(
         Traceback (most recent call last):
         ...
         lightning_fdfo.testing.conformance.ConformanceError: <lambda> of ...:
-        - gives one finite float32 number an image: expected a tensor of shape [4], got [] of torch.float32...
+        - gives one finite number an image: expected a tensor of shape [4], got [] of torch.float32...
     """
     results = run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance)
     insist(describe(as_reward(reward)), results)
@@ -157,7 +159,7 @@ def _checks_prompts(sample: Sample) -> str | None:
     """Accepts the sample's prompts and metadata."""
     for prompt, row in zip(sample.prompts, sample.metadata, strict=True):
         try:
-            sample.reward.check(prompt, row)
+            sample.reward.check(prompt, own_metadata(row))
         except ConfigurationError as error:
             return f"{error}; give the check prompts= and metadata= that suit"
     return None
@@ -172,12 +174,15 @@ def _sets_up(sample: Sample) -> str | None:
 
 
 def _gives_scores(sample: Sample) -> str | None:
-    """Gives one finite float32 number an image."""
+    """Gives one finite number an image."""
     scores = sample.score()
     if not isinstance(scores, Tensor):
         return f"expected a tensor, got {type(scores).__name__}"
-    if scores.shape != (4,) or scores.dtype != torch.float32:
-        return f"expected a tensor of shape [4], got {list(scores.shape)} of {scores.dtype}; float32 is wanted"
+    if scores.shape != (4,) or scores.dtype not in (torch.float32, torch.float64):
+        return (
+            f"expected a tensor of shape [4], got {list(scores.shape)} of {scores.dtype}; float32 is wanted, or "
+            "float64 where scores are so large that float32 would make them equal"
+        )
     if scores.device.type not in ("cpu", sample.device.type):
         return f"expected scores on {sample.device} or the CPU, got them on {scores.device}"
     if not bool(scores.isfinite().all()):
@@ -207,15 +212,30 @@ def _leaves_no_gradient(sample: Sample) -> str | None:
 def _is_deterministic(sample: Sample) -> str | None:
     """Gives the same scores again, and draws no global random numbers."""
     before = _global_generators()
-    images = sample.images.clone()
-    first, second = sample.score(), sample.reward(images, list(sample.prompts), list(sample.metadata))
+    first, second = sample.score(), sample.score()
     if not torch.equal(first, second):
         return f"got {first.tolist()}, then {second.tolist()}"
-    if not torch.equal(images, sample.images):
-        return "it changed the images: work on a copy"
     if _global_generators() != before:
         return "it drew from a global generator: use one of its own, with a seed"
     return None
+
+
+def _leaves_its_arguments(sample: Sample) -> str | None:
+    """Leaves images, prompts and metadata as they are."""
+    images, prompts = sample.images.clone(), list(sample.prompts)
+    metadata = [own_metadata(row) for row in sample.metadata]
+    sample.reward(images, prompts, metadata)
+    changed = [
+        name
+        for name, same in (
+            ("images", torch.equal(images, sample.images)),
+            ("prompts", prompts == list(sample.prompts)),
+            ("metadata", metadata == [dict(row) for row in sample.metadata]),
+        )
+        if not same
+    ]
+    cure = "work on a copy: a mixture hands it one, other callers may not"
+    return f"it changed the {' and '.join(changed)}; {cure}" if changed else None
 
 
 def _global_generators() -> bytes:
@@ -263,6 +283,7 @@ CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
     (_stays_in_range, False),
     (_leaves_no_gradient, False),
     (_is_deterministic, False),
+    (_leaves_its_arguments, False),
     (_does_not_see_the_batch, False),
     (_takes_other_sizes, False),
     (_pickles_by_configuration, False),

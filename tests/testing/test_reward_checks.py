@@ -79,9 +79,14 @@ class Numbers(Redness):
         return images.mean(dim=(1, 2, 3)).tolist()
 
 
-class Double(Redness):
+class Half(Redness):
     def __call__(self, images, prompts, metadata):
-        return images.double().mean(dim=(1, 2, 3))
+        return images.mean(dim=(1, 2, 3)).bfloat16()
+
+
+class Complex(Redness):
+    def __call__(self, images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)).cfloat()
 
 
 class NaN(Redness):
@@ -155,6 +160,18 @@ class DrawsFromPython(Redness):
     def __call__(self, images, prompts, metadata):
         random.random()
         return super().__call__(images, prompts, metadata)
+
+
+class Clears(Redness):
+    def __call__(self, images, prompts, metadata):
+        prompts.clear()
+        metadata[0].clear()
+        return super().__call__(images, prompts, metadata)
+
+
+class Leaves(Redness):
+    def __call__(self, images, prompts, metadata):
+        raise SystemExit(0)
 
 
 class InPlace(Redness):
@@ -261,12 +278,14 @@ def here(monkeypatch):
             "keeps its state out of the module tree",
             r"must not be an nn\.Module: hold the model in an attribute",
         ),
-        (Shape, "gives one finite float32 number an image", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
-        (Numbers, "gives one finite float32 number an image", r"expected a tensor, got list"),
-        (Double, "gives one finite float32 number an image", r"got \[4\] of torch\.float64; float32 is wanted"),
-        (NaN, "gives one finite float32 number an image", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
-        (Meta, "gives one finite float32 number an image", r"expected scores on cpu or the CPU, got them on meta"),
-        (FailsToScore, "gives one finite float32 number an image", r"raised ZeroDivisionError\('by nothing'\)"),
+        (Shape, "gives one finite number an image", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
+        (Numbers, "gives one finite number an image", r"expected a tensor, got list"),
+        (Half, "gives one finite number an image", r"got \[4\] of torch\.bfloat16; float32 is wanted, or float64"),
+        (Complex, "gives one finite number an image", r"got \[4\] of torch\.complex64; float32 is wanted"),
+        (Leaves, "gives one finite number an image", r"raised SystemExit\(0\)"),
+        (NaN, "gives one finite number an image", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
+        (Meta, "gives one finite number an image", r"expected scores on cpu or the CPU, got them on meta"),
+        (FailsToScore, "gives one finite number an image", r"raised ZeroDivisionError\('by nothing'\)"),
         (TooHigh, "stays in its range", r"got \[1\.0, .*\], its range says 0\.0 … 0\.9"),
         (TooLow, "stays in its range", r"got \[1\.0, .* 0\.0, 1\.0\], its range says 0\.1 … 2\.0"),
         (BadRange, "stays in its range", r"expected range = \(lowest, highest\), got \(1\.0, -1\.0\)"),
@@ -277,7 +296,8 @@ def here(monkeypatch):
         (DrawsFromTorch, "gives the same scores again, and draws no global random numbers", "with a seed"),
         (DrawsFromNumpy, "gives the same scores again, and draws no global random numbers", "with a seed"),
         (DrawsFromPython, "gives the same scores again, and draws no global random numbers", "with a seed"),
-        (InPlace, "gives the same scores again, and draws no global random numbers", "work on a copy"),
+        (InPlace, "leaves images, prompts and metadata as they are", "changed the images; work on a copy: a mixture"),
+        (Clears, "leaves images, prompts and metadata as they are", "changed the prompts and metadata; work on"),
         (Relative, "scores a batch as one by one", r"together \[.*\], alone \[0\.0, 0\.0, 0\.0, 0\.0\]"),
         (SquaresOnly, "scores images that are not square", r"it raised RuntimeError\(.*(48.*80|80.*48)"),
         (NaNElsewhere, "scores images that are not square", r"4 finite scores for images of 48 x 80, got \[nan, nan"),
@@ -332,7 +352,7 @@ def test_prompts_and_metadata_of_ones_own(here):
 
     rows = [{"text": "", "colour": number} for number in range(4)]
     problems = [result.problem for result in run_checks(Spy(), prompts=["a", "b", "c", "d"], metadata=rows)]
-    assert problems[:-1] == [None] * 9  # the last one: a class within a function does not pickle
+    assert problems[:-1] == [None] * 10  # the last one: a class within a function does not pickle
     assert (("a", "b", "c", "d"), (0, 1, 2, 3)) in seen
     assert (("c",), (2,)) in seen
 
@@ -359,7 +379,7 @@ def test_all_failures_are_told(here):
     [
         (Picky, "accepts the sample's prompts and metadata"),
         (NeverSetUp, "can be set up, and again"),
-        (Shape, "gives one finite float32 number an image"),
+        (Shape, "gives one finite number an image"),
     ],
 )
 def test_after_a_fatal_failure_no_check_is_run(here, broken, last):
