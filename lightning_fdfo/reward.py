@@ -90,6 +90,10 @@ class Reward(ABC):
         if missing:
             raise ConfigurationError(f"{self.name} needs metadata {missing}, got keys {sorted(metadata)}")
 
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of some prompts are longer than it reads; asked once, after `setup`, so that a run can warn."""
+        return 0
+
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch.

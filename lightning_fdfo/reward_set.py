@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_fdfo.errors import RewardError
 from lightning_fdfo.reward import Metadata, Reward
 from lightning_fdfo.reward_call import check_device, check_prompt, guarded, overdue, score_images
+from lightning_fdfo.reward_origin import describe
 from lightning_fdfo.reward_waiting import OverdueError, TimeLimit, start
 
 MAX_FAILURES = 3
@@ -45,10 +46,12 @@ class RewardSet:
         self.devices = devices
         self._limits = {name: TimeLimit(limit) for name, limit in (time_limits or {}).items() if limit is not None}
         self._devices: dict[str, torch.device] = {}
+        self._prompts: dict[str, dict[str, None]] = {name: {} for name in rewards}  # different ones, in their order
 
     def check(self, name: str, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError if a reward cannot score this prompt."""
         check_prompt(name, self.rewards[name], prompt, metadata)
+        self._prompts[name][prompt] = None
 
     def fetch(self) -> None:
         """Fetches all weights into the cache; raises ConfigurationError for a device that is not here."""
@@ -66,6 +69,20 @@ class RewardSet:
             where = f"set up on {self._devices[name]}"
             with guarded(name, reward, f"cannot be {where}", f"it is being {where}"):
                 reward.setup(self._devices[name])
+            self._warn_of_truncated(name, reward)
+
+    def _warn_of_truncated(self, name: str, reward: Reward) -> None:
+        """One warning, if a reward reads only the beginning of some of the prompts that were checked for it."""
+        prompts = list(self._prompts[name])
+        self._prompts[name].clear()
+        with guarded(name, reward, "cannot count the tokens of prompts", "it counts the tokens of prompts"):
+            count = reward.count_truncated(prompts) if prompts else 0
+        if count and _is_first_process():
+            warnings.warn(
+                f"reward {name!r} ({describe(reward)}): {count} of {len(prompts)} different prompts are longer than it "
+                f"reads, and their ends do not count in its scores ({reward.needs or 'shorten them'})",
+                stacklevel=2,
+            )
 
     def __call__(
         self,
@@ -181,6 +198,11 @@ class RewardSet:
             return limit(call)
         except OverdueError as error:
             raise _OverdueRewardError(*overdue(name, reward, len(images), limit.seconds, str(error)).args) from error
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _no_scores(count: int) -> Tensor:

@@ -1,4 +1,5 @@
 import json
+import os
 import time
 import tracemalloc
 
@@ -139,3 +140,19 @@ def test_a_million_lines_are_read_in_seconds(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"nowhere\.txt cannot be read: No such file"):
         read_prompts(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda path: path.mkdir(), "a directory"),
+        (lambda path: os.mkfifo(path), r"a named pipe \(FIFO\)"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device"),
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, make, kind):
+    """A pipe would be waited for, a device might never end."""
+    path = tmp_path / "prompts.txt"
+    make(path)
+    with pytest.raises(ConfigurationError, match=rf"prompts\.txt: expected a prompt file, got {kind}: save"):
+        read_prompts(path)

@@ -194,7 +194,7 @@ def test_the_list_tells_what_each_reward_is_and_needs(cache, fine):
     assert f"lightning-fdfo-rewards {version('lightning-fdfo-rewards')}" in out
     assert "0 … inf" in line_of("JPEGSize", out)
     assert "nothing" in line_of("JPEGSize", out)
-    assert 'metadata "text", or text in double quotes in the prompt' in line_of("OCR", out)
+    assert 'metadata "text", or text in quotes in the prompt' in line_of("OCR", out)
     assert re.search(r"openai/clip-vit-large-patch14 \(MIT\)", line_of("CLIPScore", out))
     assert re.search(r"xswu/HPSv2 \(Apache-2\.0\)", line_of("HPSv2", out))
     assert "Not installed" not in out

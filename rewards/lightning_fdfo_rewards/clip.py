@@ -46,6 +46,10 @@ class CLIP(NamedTuple):
         )
         return tokens.input_ids.to(self.model.device)  # type: ignore[no-any-return]
 
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many texts have more tokens than the model reads, the two specials counted."""
+        return count_longer(self.tokenizer, prompts, self.model.config.text_config.max_position_embeddings)
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Unit vectors of token numbers: [N, 77] -> [N, D], float32. Attention is causal: padding changes nothing."""
         return F.normalize(_pooled(self.model.get_text_features(input_ids=tokens)).float(), dim=-1)
@@ -68,6 +72,12 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+
+
+def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
+    """How many texts have more tokens than `length`, specials counted."""
+    tokens = tokenizer(list(texts), truncation=False, verbose=False).input_ids if texts else []
+    return sum(len(numbers) > length for numbers in tokens)
 
 
 @shared

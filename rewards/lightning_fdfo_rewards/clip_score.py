@@ -55,6 +55,11 @@ class CLIPScore(ModelReward):
         folder = self.weights[0].fetch()
         return load_clip(folder, folder, self.dtype, device)
 
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more than 77 tokens."""
+        clip: CLIP = self.model
+        return clip.count_truncated(prompts)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
         clip: CLIP = self.model

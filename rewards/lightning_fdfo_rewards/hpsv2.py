@@ -87,6 +87,11 @@ class HPSv2(ModelReward):
             )
         return CLIP(_load_model(checkpoint, self.num_heads, self.dtype, device), tokenizer)
 
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more than 77 tokens."""
+        clip: CLIP = self.model
+        return clip.count_truncated([clean(prompt) for prompt in prompts])
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
         clip: CLIP = self.model

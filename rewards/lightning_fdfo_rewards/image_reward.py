@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.weights import Weights, shared
-from lightning_fdfo_rewards.clip import load_tokenizer
+from lightning_fdfo_rewards.clip import count_longer, load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, from_tensors, frozen
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
 
@@ -84,6 +84,10 @@ class ImageReward(ModelReward):
         checkpoint, config, tokenizer = (weights.fetch() for weights in self.weights)
         self._tokenizer = load_tokenizer(tokenizer)
         return _load_model(checkpoint, config, self.num_heads, self.dtype, device)
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more than 35 tokens."""
+        return count_longer(self._tokenizer, prompts, NUM_TOKENS)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""

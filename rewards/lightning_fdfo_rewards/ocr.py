@@ -22,16 +22,15 @@ from torch import Tensor
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import Metadata, Reward
 from lightning_fdfo_rewards.ocr_lines import as_line
-from lightning_fdfo_rewards.ocr_rapidocr import choose_model, find_lines, load_recogniser
+from lightning_fdfo_rewards.ocr_rapidocr import find_lines, import_package, load_recogniser
 from lightning_fdfo_rewards.ocr_scores import (
     ctc_log_likelihood,
     edit_similarity,
     exact_match,
     join,
-    normalise,
-    target_text,
 )
-from lightning_fdfo_rewards.ocr_tesseract import find_data, import_tesserocr, load_tesseract
+from lightning_fdfo_rewards.ocr_target import check_alphabet, normalise, target_text
+from lightning_fdfo_rewards.ocr_tesseract import find_data, import_tesserocr, load_tesseract, read_alphabet
 
 Score = Literal["likelihood", "edit_distance", "exact_match"]
 Backend = Literal["rapidocr", "tesseract"]
@@ -42,7 +41,9 @@ _ENGLISH = {"rapidocr": ("en",), "tesseract": ("eng",)}
 class OCR(Reward):
     """Reads the image and compares with the wanted text.
 
-    The target is `metadata["text"]` where it is given, else the text in the prompt's first pair of double quotes.
+    The target is `metadata["text"]`, a string, where it is given. Otherwise it is the text in the prompt's first pair
+    of quotes with a letter or a digit between them: "…", “…”, „…“, «…», »…«, 「…」 or 『…』; where there is none of
+    these, '…', ‘…’ or ‚…‘. A " after a digit is taken for inches.
 
     Args:
         score: see the head of this file.
@@ -57,20 +58,20 @@ class OCR(Reward):
         batch_size: lines a forward; tesseract reads one at a time.
 
     Raises:
-        ConfigurationError: options out of range; in `check` and `setup`: a prompt without target, or, for `likelihood`,
-            with a character that the recogniser does not know; languages that the engine does not have.
+        ConfigurationError: options out of range; in `check` and `setup`: a prompt without target, or with a character
+            that the engine does not know; languages, or packages, that are not there.
 
     Example:
         >>> target_text('the number "427" in red', {})
         '427'
-        >>> OCR().check("no quotes", {})
+        >>> OCR().check("no quotes", {})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lightning_fdfo.errors.ConfigurationError: OCR needs metadata "text" or text in double quotes, got 'no quotes'
+        lightning_fdfo.errors.ConfigurationError: OCR needs metadata "text" or text in quotes ..., got 'no quotes'
     """
 
     range = (float("-inf"), 0.0)
-    needs = 'metadata "text", or text in double quotes in the prompt'
+    needs = 'metadata "text", or text in quotes in the prompt'
     packaged_weights = "PP-OCRv6 in rapidocr (Apache-2.0)"
     device = "cpu"
 
@@ -109,13 +110,17 @@ class OCR(Reward):
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError for a prompt without target or with an unknown character, and for languages."""
         target = target_text(prompt, metadata)
+        if self.score == "edit_distance":
+            import_package("rapidfuzz")
         if self.backend == "tesseract":
             import_tesserocr()
-            find_data(self.languages)
+            alphabet = read_alphabet(find_data(self.languages), self.languages)
+            if alphabet is not None:
+                check_alphabet(target, alphabet, f"tesseract's data of {', '.join(self.languages)}")
         elif self.score == "likelihood":
             load_recogniser(self.languages).encode(target)
         else:
-            choose_model(self.languages)
+            check_alphabet(target, load_recogniser(self.languages).readable, "the recogniser")
 
     def fetch(self) -> None:
         """Downloads the recogniser if it is not in rapidocr's wheel."""

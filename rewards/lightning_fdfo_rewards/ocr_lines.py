@@ -15,6 +15,29 @@ COLUMN_WIDTH = 8
 MIN_COLUMNS = 12
 """Narrower lines are padded to it: of a square image fewer words are read without."""
 
+MAX_RATIO = 32
+"""Of an image's sides, where the short one is enlarged: 128 pixels become 128 x 4096 at most."""
+MAX_LINE_RATIO = 100
+"""Of a line's width to its height: beyond it no text can be read, and each column costs 75 kB of probabilities."""
+
+
+def at_most_so_narrow(image: Tensor) -> Tensor:
+    """Pads the short side, with the edge's own pixels, to 1 / MAX_RATIO of the long one; positions stay.
+
+    Args:
+        image: uint8 [3, H, W].
+
+    Example:
+        >>> import torch
+        >>> at_most_so_narrow(torch.zeros(3, 1, 1000, dtype=torch.uint8)).shape
+        torch.Size([3, 32, 1000])
+    """
+    height, width = image.shape[1:]
+    below, beside = (max(0, -(-long // MAX_RATIO) - short) for short, long in ((height, width), (width, height)))
+    if not below and not beside:
+        return image
+    return F.pad(image[None].float(), (0, beside, 0, below), mode="replicate")[0].byte()
+
 
 def reading_order(boxes: npt.NDArray[Any]) -> list[int]:
     """Indices of boxes, line by line from top to bottom, each line from left to right.
@@ -57,7 +80,7 @@ def as_line(image: Tensor, min_columns: int = 0) -> Tensor:
         float32 [3, 48, width] in [-1, 1], BGR, the width a multiple of 8.
     """
     _, height, width = image.shape
-    new_width = max(1, round(LINE_HEIGHT * width / height))
+    new_width = max(1, round(LINE_HEIGHT * min(width / height, MAX_LINE_RATIO)))
     resized = F.interpolate(
         image[None].float(), (LINE_HEIGHT, new_width), mode="bilinear", antialias=height > LINE_HEIGHT
     )

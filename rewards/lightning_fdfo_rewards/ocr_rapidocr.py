@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +21,24 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo_rewards.ocr_lines import LINE_HEIGHT, reading_order
+from lightning_fdfo_rewards.ocr_lines import LINE_HEIGHT, at_most_so_narrow, reading_order
+from lightning_fdfo_rewards.ocr_target import normalised, unknown_characters
 
 MODELS = (("PP-OCRv6", "small"), ("PP-OCRv5", "mobile"), ("PP-OCRv4", "mobile"))
 """Versions and sizes, best first; the first one is in rapidocr's wheel, others are downloaded."""
 
 _LOADING, _DETECTING = threading.Lock(), threading.Lock()
+
+
+def import_package(name: str) -> ModuleType:
+    """A package that rapidocr's backend needs; raises ConfigurationError if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"OCR needs {name}, which cannot be imported ({error}): pip install {name}, or all that it needs: "
+            "pip install lightning-fdfo-rewards"
+        ) from error
 
 
 class Model(NamedTuple):
@@ -42,7 +56,7 @@ def choose_model(languages: tuple[str, ...]) -> Model:
     """The best recogniser that reads all of the languages, by rapidocr's own table; loads nothing.
 
     Raises:
-        ConfigurationError: a language that none reads, or no single one that reads all; Arabic.
+        ConfigurationError: a language that none reads, or no single one that reads all; Arabic; no rapidocr.
 
     Example:
         >>> choose_model(("en", "de", "ja")).key
@@ -50,6 +64,8 @@ def choose_model(languages: tuple[str, ...]) -> Model:
         >>> choose_model(("korean",)).key
         'korean_PP-OCRv5_rec_mobile'
     """
+    for package in ("rapidocr", "onnxruntime"):
+        import_package(package)
     for version, size in MODELS:
         keys = {_model_key(language, version, size) for language in languages}
         key = keys.pop()
@@ -100,6 +116,8 @@ class Recogniser(NamedTuple):
     """index 0 is the blank"""
     indices: dict[str, int]
     """character -> index, without the blank"""
+    readable: frozenset[str]
+    """letters and digits that it may read, as they are compared"""
 
     def probabilities(self, lines: Sequence[Tensor]) -> Tensor:
         """Lines of one width, [3, 48, W] each -> [N, W / 8, characters]."""
@@ -109,10 +127,7 @@ class Recogniser(NamedTuple):
         """Indices of a text's characters; raises ConfigurationError for one that is not in the alphabet."""
         unknown = sorted({character for character in text if character not in self.indices})
         if unknown:
-            raise ConfigurationError(
-                f"OCR: the recogniser does not know {unknown} in {text!r}; give `languages` that have them, "
-                "or score edit_distance"
-            )
+            raise ConfigurationError(unknown_characters(unknown, text, "the recogniser"))
         return [self.indices[character] for character in text]
 
     def decode(self, best: Tensor) -> str:
@@ -160,7 +175,7 @@ def _load(model: Model) -> Recogniser:
         ) from error
     characters = list(engine.text_rec.postprocess_op.character)
     indices = {character: index for index, character in enumerate(characters) if index}
-    return Recogniser(engine.text_rec.session, characters, indices)
+    return Recogniser(engine.text_rec.session, characters, indices, normalised(characters[1:]))
 
 
 def _engine(params: dict[str, Any]) -> Any:
@@ -182,13 +197,15 @@ def _detector() -> Any:
 def find_lines(image: Tensor) -> list[Tensor]:
     """The pieces of text in an image, in reading order; the image itself if none is found.
 
+    The engine enlarges the short side to 128 pixels, whatever the long one becomes: a narrow image is padded first.
+
     Args:
         image: uint8 [3, H, W], RGB.
 
     Returns:
         uint8 [3, h, w] each.
     """
-    bgr: npt.NDArray[np.uint8] = image.flip(0).permute(1, 2, 0).contiguous().numpy()
+    bgr: npt.NDArray[np.uint8] = at_most_so_narrow(image).flip(0).permute(1, 2, 0).contiguous().numpy()
     with _DETECTING:  # it keeps parts of its work in attributes
         found = _detector()(bgr, use_det=True, use_rec=False).boxes
     boxes = np.zeros((0, 4, 2)) if found is None else found

@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward import Metadata
-
-_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|„([^“”]*)[“”]')
-
-
-def target_text(prompt: str, metadata: Metadata) -> str:
-    """The text that an image should show, without spaces.
-
-    Raises:
-        ConfigurationError: there is none.
-
-    Example:
-        >>> target_text("a sign", {"text": "New York"})
-        'NewYork'
-    """
-    text = metadata.get("text")
-    if text is None:
-        match = _QUOTED.search(prompt)
-        text = next((group for group in match.groups() if group is not None), "") if match else ""
-    target = "".join(unicodedata.normalize("NFC", str(text)).split())  # é is one character to a recogniser
-    if not normalise(target):
-        raise ConfigurationError(f'OCR needs metadata "text" or text in double quotes, got {prompt[:80]!r}')
-    return target
-
-
-def normalise(text: str) -> str:
-    """Lower case, letters and digits only, wide and narrow forms as one.
-
-    Example:
-        >>> normalise("New-York 7!")
-        'newyork7'
-    """
-    return "".join(character for character in unicodedata.normalize("NFKC", text).lower() if character.isalnum())
 
 
 def edit_similarity(read: str, target: str) -> float:

@@ -6,11 +6,13 @@ The engine is in tesserocr's wheel, the data of its languages come with the syst
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import threading
 from collections.abc import Sequence
 from functools import cache
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo_rewards.ocr_lines import at_most_so_narrow
+from lightning_fdfo_rewards.ocr_target import normalised
 
 DATA_FOLDERS = (
     "/usr/share/tesseract-ocr/*/tessdata",  # Debian, Ubuntu
@@ -117,8 +121,36 @@ def find_data(languages: Sequence[str]) -> Path:
     )
 
 
+_LSTM_UNICHARSET, _UNICHARSET = 21, 1
+"""Numbers of the parts of a `.traineddata` file that list what is read, for the newer engine and the older one."""
+
+
+@cache
+def read_alphabet(folder: Path, languages: tuple[str, ...]) -> frozenset[str] | None:
+    """Letters and digits that the data of some languages can give, as they are compared; None: they do not tell."""
+    listed = [_listed(folder / f"{language}.traineddata") for language in languages]
+    known = [characters for characters in listed if characters is not None]
+    return normalised(chain.from_iterable(known)) if len(known) == len(listed) else None
+
+
+def _listed(file: Path) -> list[str] | None:
+    """What one language's data list: a header of offsets, and in one part a line of text for each character."""
+    try:
+        data = file.read_bytes()
+        (count,) = struct.unpack_from("<I", data)
+        offsets = struct.unpack_from(f"<{count}q", data, 4)
+        start = next(offsets[part] for part in (_LSTM_UNICHARSET, _UNICHARSET) if offsets[part] >= 0)
+        end = min((offset for offset in offsets if offset > start), default=len(data))
+        lines = data[start:end].decode().splitlines()
+        named = [line.split(" ", 1)[0] for line in lines[1 : int(lines[0]) + 1]]
+    except (OSError, struct.error, StopIteration, IndexError, ValueError):  # of another format
+        return None
+    return [name for name in named if name not in ("NULL", "Joined", "|Broken|0|1")]
+
+
 def _enlarge(image: Tensor) -> Image.Image:
-    """As a Pillow image with sides of at least MIN_SIDE."""
+    """As a Pillow image with sides of at least MIN_SIDE; a narrow one is padded first."""
+    image = at_most_so_narrow(image)
     factor = MIN_SIDE / min(image.shape[1:])
     if factor > 1:
         size = [round(side * factor) for side in image.shape[1:]]

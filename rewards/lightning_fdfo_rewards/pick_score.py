@@ -63,6 +63,11 @@ class PickScore(ModelReward):
         model, tokenizer = (weights.fetch() for weights in self.weights)
         return load_clip(model, tokenizer, self.dtype, device)
 
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many prompts have more than 77 tokens."""
+        clip: CLIP = self.model
+        return clip.count_truncated(prompts)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
         clip: CLIP = self.model

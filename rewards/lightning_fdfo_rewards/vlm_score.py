@@ -32,14 +32,16 @@ class VLMScore(ModelReward):
         template: the question, with `{prompt}` in it.
         yes: the good answer; one token.
         no: the bad one; one token.
-        image_size: pixels of a side, to which an image is resized (bilinear, antialiased); a multiple of the model's
-            patches, 28 for Qwen2.5-VL, 32 for Qwen3-VL.
+        image_size: pixels of a side, to which an image is resized (bilinear); a multiple of the model's patches, 28 for
+            Qwen2.5-VL, 32 for Qwen3-VL.
         revision: branch, tag or commit on the hub.
         dtype: of the weights, float32 or bfloat16.
         batch_size: images a forward.
         device: where it runs; None: beside the flow.
         shard: spreads the model over all devices that the process sees, layer by layer (accelerate's `device_map`), for
             one that does not fit on `device`. Several processes would each spread theirs over all.
+        antialias: whether a smaller size averages over all pixels. False samples four neighbours of each, as the
+            paper's reference does: at 1024 pixels fine patterns turn into others that are not in the image.
 
     Raises:
         ConfigurationError: an option out of range; from `check`: a prompt with a control word of the model; from
@@ -68,9 +70,11 @@ class VLMScore(ModelReward):
         batch_size: int = 8,
         device: str | None = None,
         shard: bool = False,
+        antialias: bool = True,
     ) -> None:
         super().__init__(dtype, batch_size, device)
         self.shard = shard
+        self.antialias = antialias
         if "{prompt}" not in template:
             raise ConfigurationError(f"VLMScore: expected a template with {{prompt}} in it, got {template!r}")
         self.template = template
@@ -100,7 +104,7 @@ class VLMScore(ModelReward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
         judge: Judge = self.model
-        resized = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        resized = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=self.antialias)
         return 100 * torch.sigmoid(judge.preference(resized, [self.ask(prompt) for prompt in prompts]))
 
 

@@ -127,7 +127,7 @@ def test_unbounded_ranges(serve):
 def test_the_reward_there_checks_prompts(serve):
     away = remote(serve("OCR"))
     away.check('a sign that says "427"', {})
-    with pytest.raises(ConfigurationError, match='OCR needs metadata "text" or text in double quotes'):
+    with pytest.raises(ConfigurationError, match='OCR needs metadata "text" or text in quotes'):
         away.check("a cat", {})
 
 

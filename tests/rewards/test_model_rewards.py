@@ -196,3 +196,25 @@ def test_importing_them_is_cheap():
     )  # fmt: skip
     assert best[1:] == []
     assert float(best[0]) < 0.3
+
+
+@pytest.mark.parametrize("name", ["CLIPScore", "HPSv2", "ImageReward", "PickScore"])
+def test_prompts_that_it_cuts_are_told_in_one_warning(model_rewards, name):
+    mix = RewardMix({"looks": {"reward": model_rewards[name](), "weight": 1.0}})
+    long = ["a cat " * 100, "a dog " * 100]
+    for prompt in [*long, *long, "a cat", "", "two dogs"]:
+        mix.check(prompt, {})
+    with pytest.warns(UserWarning, match=rf"'looks' \({name} of .*: 2 of 5 different prompts are longer") as caught:
+        mix.setup(CPU)
+    mix.setup(CPU)  # a second warning would be an error
+    assert len(caught) == 1
+    tokens = 35 if name == "ImageReward" else 77
+    assert f"{tokens} tokens are read" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("name", ["Aesthetic", "CLIPScore", "HPSv2", "ImageReward", "PickScore", "VLMScore-2.5"])
+def test_prompts_that_it_reads_whole_draw_no_warning(model_rewards, name):
+    mix = RewardMix({"looks": {"reward": model_rewards[name](), "weight": 1.0}})
+    for prompt in ["a cat", "", "a dog " * (100 if name in ("Aesthetic", "VLMScore-2.5") else 3)]:
+        mix.check(prompt, {})
+    mix.setup(CPU)  # any warning is an error

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_fdfo_rewards import ocr, ocr_rapidocr
 from lightning_fdfo_rewards.ocr import OCR
-from lightning_fdfo_rewards.ocr_rapidocr import find_lines
+from lightning_fdfo_rewards.ocr_rapidocr import choose_model, find_lines, load_recogniser
 from PIL import Image, ImageDraw, ImageFont
 
+from lightning_fdfo import RewardMix
 from lightning_fdfo.errors import ConfigurationError
 
 FONTS = [
@@ -264,9 +266,64 @@ def test_a_long_quote_is_a_target():
 
 
 def test_unknown_characters_are_named():
-    with pytest.raises(ConfigurationError, match=r"does not know .*ue000.*languages.*edit_distance"):
+    with pytest.raises(ConfigurationError, match=r"the recogniser does not know .*ue000.*give `languages` that have"):
         OCR().check('"7\ue000"', {})
-    OCR(score="edit_distance").check('"7\ue000"', {})
+    OCR(score="edit_distance").check('"7\ue000"', {})  # which compares letters and digits only
+    for name in ("likelihood", "edit_distance", "exact_match"):
+        with pytest.raises(ConfigurationError, match=r"the recogniser does not know \['ก'\] in '7ก'"):
+            OCR(score=name).check('"7ก"', {})
+
+
+@pytest.mark.parametrize(("height", "width", "name"), [(1, 1000, "likelihood"), (1000, 1, "edit_distance")])
+def test_narrow_images_are_enlarged_within_bounds(height, width, name, monkeypatch):
+    """1 x 1000 pixels would become 128 x 128 000 for the detector, and 48 x 48 000 for the recogniser."""
+    sizes = []
+    monkeypatch.setattr(ocr_rapidocr, "_detector", detector_spy(ocr_rapidocr._detector, sizes))
+    monkeypatch.setattr(ocr, "load_recogniser", recogniser_spy(load_recogniser, sizes))
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    for detect in (True, False):
+        assert math.isfinite(score([image], ["7"], score=name, detect=detect)[0])
+    assert sizes
+    assert all(height * width < 2**20 for height, width in sizes)
+
+
+def detector_spy(load, sizes):
+    """Writes down the sizes to which the engine enlarges."""
+
+    def call(image, **options):
+        enlarged = max(1.0, 128 / min(image.shape[:2]))
+        sizes.append([side * enlarged for side in image.shape[:2]])
+        return load()(image, **options)
+
+    return lambda: call
+
+
+def recogniser_spy(load, sizes):
+    """Writes down the sizes of lines."""
+
+    def wrapped(languages):
+        recogniser = load(languages)
+        session = recogniser.session
+        return recogniser._replace(session=lambda lines: sizes.append(lines.shape[-2:]) or session(lines))
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("missing", "options"),
+    [
+        ("rapidocr", {}),
+        ("onnxruntime", {}),
+        ("rapidocr", {"score": "exact_match"}),
+        ("rapidfuzz", {"score": "edit_distance"}),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_before_any_model_is_loaded(missing, options, monkeypatch):
+    choose_model.cache_clear()
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigurationError, match=f"OCR needs {missing}, which .*pip install {missing}, or .*-rewards"):
+        RewardMix({"OCR": {"reward": {"class_path": "OCR", "init_args": options}}}).check('"7"', {})
+    choose_model.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -291,8 +348,8 @@ def test_it_runs_on_the_cpu_and_pickles_by_its_options():
     reward = OCR("edit_distance", detect=True, languages=["de", "en"], batch_size=7)
     reward.setup(torch.device("cpu"))
     copy = pickle.loads(pickle.dumps(reward))
-    assert vars(copy) == vars(reward)
-    assert set(vars(copy)) == {"score", "detect", "languages", "backend", "batch_size", "range"}
+    assert copy.__getstate__() == reward.__getstate__()
+    assert set(copy.__getstate__()) == {"score", "detect", "languages", "backend", "batch_size", "range"}
     assert (copy.device, copy.range, copy.languages) == ("cpu", (0.0, 1.0), ("de", "en"))
     assert copy(picture("427")[None], ['"427"'], [{}]).tolist() == [1.0]
 

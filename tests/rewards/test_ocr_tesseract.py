@@ -1,3 +1,4 @@
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ class StubAPI:
 @pytest.fixture(autouse=True)
 def fresh():
     ocr_tesseract._load.cache_clear()
+    ocr_tesseract.read_alphabet.cache_clear()
     yield
     ocr_tesseract._load.cache_clear()
 
@@ -116,6 +118,40 @@ def test_without_the_package_the_cure_is_named(data, monkeypatch):
     for act in (lambda reward: reward.check('"7"', {}), lambda reward: reward.setup(torch.device("cpu"))):
         with pytest.raises(ConfigurationError, match=r"pip install 'lightning-fdfo-rewards\[tesseract\]'"):
             act(OCR(**options()))
+
+
+def write_data(file, characters, part=21):
+    """A `.traineddata` file with the list of its characters, and a part after it."""
+    lines = "".join(f"{name} 3 0,255 Latin\n" for name in ("NULL", "Joined", "|Broken|0|1", *characters))
+    listed = f"{len(characters) + 3}\n{lines}".encode()
+    start = 4 + 8 * 24
+    offsets = [-1] * 24
+    offsets[part], offsets[23] = start, start + len(listed)
+    file.write_bytes(struct.pack("<I24q", 24, *offsets) + listed + b"version")
+
+
+@pytest.mark.parametrize("part", [21, 1])
+def test_a_character_that_its_data_lack_is_named(stub, data, part):
+    write_data(data / "eng.traineddata", "0123456789abcABCé", part)
+    write_data(data / "deu.traineddata", "äÄß", part)
+    reward = OCR(**options(languages=["eng", "deu"]))
+    reward.check('"Ab é 7 Ä-ß!"', {})
+    with pytest.raises(
+        ConfigurationError, match=r"tesseract's data of eng, deu does not know \['x', 'ก'\] in '7Xก'; give"
+    ):
+        reward.check('"7 Xก"', {})
+
+
+@pytest.mark.parametrize("content", [b"", b"\x18\x00\x00\x00", b"\xff" * 400, bytes(400)])
+def test_data_of_another_format_tell_nothing(stub, data, content):
+    (data / "eng.traineddata").write_bytes(content)
+    OCR(**options(score="exact_match")).check('"7ก"', {})
+
+
+def test_narrow_images_are_enlarged_within_bounds(stub):
+    score([torch.ones(3, 1, 1000)], ["7"], **options())
+    (size,) = [size for _, size in stub.made[0].calls[1:]]
+    assert size == (4000, 128)
 
 
 def test_missing_data_are_named(stub, data):

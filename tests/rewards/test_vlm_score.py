@@ -1,8 +1,11 @@
 """VLMScore against a forward of the same model that is written out here, one question at a time."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning_fdfo_rewards.vlm_score import VLMScore, _read_frame
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -109,3 +112,26 @@ def test_a_model_that_is_spread_over_devices_gives_the_same_scores(folders, monk
         scores.append(reward(images, PROMPTS, [{}] * 4))
     assert maps == [None, "auto"]
     torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+
+
+def natural(size):
+    """Noise with the spectrum of photographs, 1 / f; mean 0.5, deviation 0.2."""
+    frequency = torch.fft.fftfreq(size)
+    fall = (frequency[:, None] ** 2 + frequency**2).sqrt() + 1 / size
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.fft.ifft2(torch.fft.fft2(noise) / fall).real
+    return ((images - images.mean()) / images.std() * 0.2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize(("size", "levels"), [(512, 0.3), (1024, 8.7)])
+def test_the_references_resize_is_an_option(size, levels, monkeypatch):
+    """What it changes, in levels of 8 bits: the numbers that the documentation states."""
+    seen = []
+    for antialias in (True, False):
+        reward = VLMScore(antialias=antialias)
+        judge = SimpleNamespace(preference=lambda images, questions: seen.append(images) or torch.zeros(len(images)))
+        monkeypatch.setattr(VLMScore, "model", judge)
+        reward(natural(size), ["p"], [{}])
+    assert [images.shape[-1] for images in seen] == [504, 504]
+    assert torch.equal(seen[1], F.interpolate(natural(size), (504, 504), mode="bilinear", align_corners=False))
+    assert (seen[0] - seen[1]).abs().mean().item() * 255 == pytest.approx(levels, rel=0.1)
