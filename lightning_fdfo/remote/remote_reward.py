@@ -88,11 +88,6 @@ class RemoteReward(Reward):
         self.backoff = backoff
         self.encoding = encoding
 
-    @property
-    def name(self) -> str:
-        """What `lightning-fdfo rewards check` takes."""
-        return "lightning_fdfo.remote.RemoteReward"
-
     # What the server serves: asked once, when it is first needed
 
     @property
@@ -204,7 +199,7 @@ class RemoteReward(Reward):
             scores = torch.tensor(Scores.model_validate_json(answer.body).scores, dtype=torch.float64)
         except (ValidationError, RuntimeError) as error:
             raise RemoteError(f"{self.url}: expected scores, got {answer.detail[:200]}") from error
-        if scores.shape != (len(images),) or not bool(scores.isfinite().all()):
+        if scores.shape != (len(images),) or not bool(scores.float().isfinite().all()):
             raise RemoteError(f"{self.url}: expected {len(images)} finite scores, got {scores.tolist()[:4]} …")
         return scores
 

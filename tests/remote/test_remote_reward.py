@@ -20,7 +20,7 @@ from lightning_fdfo.remote import RemoteReward
 from lightning_fdfo.remote import server as server_module
 from lightning_fdfo.remote.client import RemoteError
 from lightning_fdfo.remote.protocol import CONTENT_TYPE, Limits
-from lightning_fdfo.reward import load_reward
+from lightning_fdfo.reward import FunctionReward, load_reward
 from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.testing import check_reward
 from lightning_fdfo.testing.reward_checks import PROMPTS, TEXTS, sample_images
@@ -87,7 +87,7 @@ def test_floats_round_trip_to_the_bit(serve):
     server = serve("Colorfulness")
     assert torch.equal(score(remote(server)), expected)
     assert not torch.equal(score(remote(server, encoding="png")), expected)
-    assert torch.allclose(score(remote(server, encoding="png")), expected, atol=1e-2)
+    assert torch.allclose(score(remote(server, encoding="png")).float(), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["JPEGSize", "OCR"])
@@ -585,3 +585,11 @@ def test_a_body_that_stops_half_way(serve, monkeypatch):
         connection.sendall(head.encode() + b"x")
     time.sleep(0.1)
     assert score(remote(server, attempts=5, backoff=0.1)).shape == (4,)  # the place is free again
+
+
+def test_large_scores_keep_their_signal_on_the_wire(serve):
+    def large(images, prompts, metadata):
+        return 1e8 + images.mean(dim=(1, 2, 3)).double()
+
+    away = remote(serve(FunctionReward(large)))
+    assert torch.equal(score(away), large(IMAGES, PROMPTS, TEXTS))
