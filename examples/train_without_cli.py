@@ -24,13 +24,13 @@ module = FDFOModule(
     lora=LoRA(rank=32, alpha=64),
     optimizer=partial(AdamW, lr=1e-3, weight_decay=1e-4),
 )  # fmt: skip
-last = ModelCheckpoint(
-    f"{folder}/checkpoints", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=0, save_last=True
+kept = ModelCheckpoint(  # to go back to; fit itself writes checkpoints/last.ckpt at every epoch's end
+    f"{folder}/checkpoints", "{epoch}", every_n_epochs=10, save_on_train_epoch_end=True, save_top_k=-1
 )
 trainer = Trainer(
     default_root_dir=folder, accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, num_sanity_val_steps=-1,
     check_val_every_n_epoch=20, log_every_n_steps=1, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
     logger=[TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)],
-    callbacks=[last, BeforeAfter(), Curves(), LoRAExport()],
+    callbacks=[kept, BeforeAfter(), Curves(), LoRAExport()],
 )  # fmt: skip
 trainer.fit(module, PromptDataModule("configs/prompts/digits_train.txt", "configs/prompts/digits_heldout.txt"))

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import atomic_path
 from lightning_fdfo.finite import first_not_finite
 from lightning_fdfo.memory import human
 
@@ -48,21 +49,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError(f"storage_options: expected None for a local disk, got {storage_options!r}")
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-                with suppress(OSError):  # not every file system can
-                    _sync_folder(target.parent)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:
+            with atomic_path(target) as partial, partial.open("wb") as file:
+                torch.save(checkpoint, file)
+            with suppress(OSError):  # not every file system can
+                _sync_folder(target.parent)
+        except (OSError, RuntimeError, ConfigurationError) as error:
             reason = _writing_problem(error)
             if reason is None:
                 raise

@@ -34,7 +34,9 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.training.run_owner import RunOwner
+from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
+from lightning_fdfo.training.run_owner import MARK, RunOwner
+from lightning_fdfo.training.stop import StopOnSignal, ends_at_once, resuming_command
 
 MAX_NODES = 100_000
 """Values in a configuration file, each alias counted as what it stands for."""
@@ -69,20 +71,14 @@ class RunRecord(SaveConfigCallback):
         """Raises ConfigurationError for a checkpoint that cannot be gone on from, or is not there."""
         record = Path(trainer.default_root_dir) / self.config_filename
         ckpt_path = self.config.get("ckpt_path")
-        if stage == "fit" and ckpt_path == "last" and not record.exists():
-            raise ConfigurationError(f"--ckpt_path last: {record.parent} holds no run to go on with")
-        if stage != "fit" and ckpt_path == "last" and not _last_checkpoints(trainer):
-            raise ConfigurationError(
-                f"--ckpt_path last: no callback of the configuration has written a last.ckpt for {record.parent}; "
-                "name the run's folder by --trainer.default_root_dir, or a file"
-            )
         if self.config.get("weights_only") is False:
             raise ConfigurationError("--weights_only: expected true: a checkpoint's own code is never run")
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                _check_checkpoints(callback, resumes=stage == "fit" and ckpt_path == "last")
-        if ckpt_path:
-            _check_readable(trainer, ckpt_path)
+                _check_checkpoints(callback)
+        file = find_last(record.parent) if ckpt_path == "last" else ckpt_path
+        if file:
+            _check_readable(trainer, Path(file))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record once all has been set up: a run that cannot start leaves no config.yaml."""
@@ -98,8 +94,8 @@ class RunRecord(SaveConfigCallback):
         self.parser.save(self.config, path, skip_none=False)
 
 
-def _check_checkpoints(callback: ModelCheckpoint, resumes: bool) -> None:
-    """Raises ConfigurationError for names that leave the folder, and where `last` could be lost, or is."""
+def _check_checkpoints(callback: ModelCheckpoint) -> None:
+    """Raises ConfigurationError for names that leave the folder, and where `last` could be lost."""
     if callback.filename is not None and not is_inside(callback.filename):
         raise ConfigurationError(
             f"ModelCheckpoint: expected a filename below dirpath, got {callback.filename}; set dirpath instead"
@@ -108,28 +104,34 @@ def _check_checkpoints(callback: ModelCheckpoint, resumes: bool) -> None:
         raise ConfigurationError(
             "ModelCheckpoint: expected save_last: true, got link: a run that is killed can leave it leading nowhere"
         )
-    folder = Path(callback.dirpath or "")
-    names = sorted(file.name for file in folder.glob("*.ckpt")) if resumes and callback.dirpath else []
-    if names and not any(name.startswith(callback.CHECKPOINT_NAME_LAST) for name in names):
-        raise ConfigurationError(
-            f"--ckpt_path last: {folder} holds no {callback.CHECKPOINT_NAME_LAST}.ckpt: "
-            f"name one of its files: {', '.join(names)}"
-        )
 
 
-def _check_readable(trainer: Trainer, ckpt_path: str) -> None:
+def _check_readable(trainer: Trainer, file: Path) -> None:
     """Raises ConfigurationError for a file that cannot be read: before a model is loaded, and for every strategy."""
     reader = trainer.strategy.checkpoint_io
-    if not isinstance(reader, AtomicCheckpointIO):
-        return
-    for file in _last_checkpoints(trainer) if ckpt_path == "last" else {Path(ckpt_path)}:
+    if isinstance(reader, AtomicCheckpointIO):
         reader.load_checkpoint(file, map_location="meta")
 
 
-def _last_checkpoints(trainer: Trainer) -> set[Path]:
-    """Those that `last` may mean."""
-    folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if getattr(one, "dirpath", None)]  # type: ignore[attr-defined]
-    return {folder / "last.ckpt" for folder in folders if (folder / "last.ckpt").exists()}
+def _last(folder: Path, command: str) -> Path | None:
+    """What `--ckpt_path last` means for a run's folder; None for `fit` to begin anew, which is said.
+
+    Raises:
+        ConfigurationError: there is no run, or its last.ckpt is gone, or there is nothing to judge.
+    """
+    file = find_last(folder)
+    if file is None and command != "fit":
+        raise ConfigurationError(
+            f"--ckpt_path last: {folder} holds no checkpoint; name the run's folder by --trainer.default_root_dir, "
+            "or a file"
+        )
+    if file is None and not any((folder / name).exists() for name in (MARK, RECORD)):
+        raise ConfigurationError(
+            f"--ckpt_path last: {folder} holds no run to go on with; leave --ckpt_path out to begin one"
+        )
+    if file is None:
+        rank_zero_info(f"The run in {folder} was ended before its first checkpoint: it begins anew, from epoch 0")
+    return file
 
 
 class FDFOCLI(LightningCLI):
@@ -209,11 +211,15 @@ class FDFOCLI(LightningCLI):
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""
 
     def instantiate_classes(self) -> None:
-        """Builds all; a LoRA that is to be judged takes the place of the configuration's."""
+        """Builds all; a LoRA that is to be judged takes the place of the configuration's, a file that of `last`."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise _own_words(error) or error from None
+        options = self.config_init.get(str(self.subcommand), {})
+        if options.get("ckpt_path") == "last":
+            file = _last(Path(self.trainer.default_root_dir), str(self.subcommand))
+            options["ckpt_path"] = None if file is None else str(file)
         self.model.lora_file = self.lora_file
 
     def before_fit(self) -> None:
@@ -221,8 +227,14 @@ class FDFOCLI(LightningCLI):
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             owner, folder = RunOwner(), Path(self.trainer.default_root_dir)
             owner.claim(folder)
-            owner.check_new(folder, goes_on=self._get(self.config, "ckpt_path") is not None)
+            owner.goes_on = self._get(self.config, "ckpt_path") is not None
+            owner.check_new(folder, owner.goes_on)
             self.trainer.callbacks.append(owner)  # type: ignore[attr-defined]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs it; ctrl-C and SIGTERM end it without a traceback."""
+        with ends_at_once(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def test(self, **options: Any) -> None:
         """`Trainer.test`, with our table for Lightning's."""
@@ -240,6 +252,9 @@ class FDFOCLI(LightningCLI):
             plugins.append(AtomicCheckpointIO())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(trainer.get("callbacks")))
         writers: dict[str, list[Callback]] = {"test": [MetricsWriter()], "predict": [ImageWriter()]}
+        writers["fit"] = [StopOnSignal(resuming_command(sys.argv[0], sys.argv[1:]))]
+        if trainer.get("enable_checkpointing") is not False:
+            writers["fit"].append(LastCheckpoint())
         self.trainer_defaults["callbacks"] = [SLURMRequeue(), *writers.get(str(self.subcommand), [])]
         if trainer.get("enable_progress_bar") is not False and not has_bar:
             self.trainer_defaults["callbacks"].append(TQDMProgressBar())

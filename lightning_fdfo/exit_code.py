@@ -84,6 +84,8 @@ def run(command: Callable[[], T]) -> T:
     """
     try:
         return command()
+    except KeyboardInterrupt:  # fit says more, see training/stop.py
+        end(Told("interrupted", 130))
     except Exception as error:
         what = told(error)
         if what is None:

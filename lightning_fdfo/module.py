@@ -48,8 +48,10 @@ from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, rol
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
 from lightning_fdfo.training.finite_weights import FiniteWeights, advice
+from lightning_fdfo.training.guards import missing_guards
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
 from lightning_fdfo.training.run_owner import RunOwner
+from lightning_fdfo.training.stop import stop_if_asked
 from lightning_fdfo.training.trainer_guard import check_accumulation, guard
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -200,11 +202,12 @@ class FDFOModule(LightningModule):
         Refuses callbacks and settings that would change an update, before any hook of theirs.
 
         Raises:
-            ConfigurationError: see `trainer_guard`.
+            ConfigurationError: see `trainer_guard`, before any hook of theirs.
         """
         guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [callback() for callback in (RunOwner, FiniteWeights) if callback not in present]
+        own = [callback() for callback in (RunOwner, FiniteWeights) if callback not in present]
+        return [*own, *missing_guards(self.trainer)]
 
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
@@ -388,6 +391,7 @@ class FDFOModule(LightningModule):
             return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
 
     def _roll_out(self, prompts: Sequence[Prompt], conditioning: Conditioning, pairs: Sequence[int]) -> Rollout:
+        stop_if_asked(self.trainer)
         with self.trainer.precision_plugin.forward_context():
             return roll_out(
                 self.flow,

@@ -1,16 +1,19 @@
-"""A run on two processes that is killed at random moments, again and again, and gone on with: is it the same run?
+"""The quick start, killed at random moments, again and again, and gone on with: is it the same run?
 
-    python -m tests.chaos [--kills 20] [--seed 0] [--strategy ddp]
+    python -m tests.chaos [--kills 20] [--seed 0] [--strategy one]
 
-An undisturbed run first. Then the same one, its whole process group sent SIGKILL: one life in five while it starts, the
-others at a random moment of their next epochs (sampling, reward, training, writing). After each kill last.ckpt is read,
-its checksums compared, and the run goes on from it. In the end every tensor and number of last.ckpt, and every logged
-row, must be the undisturbed run's; the exit code says so. About 10 minutes on two cores that do nothing else.
+configs/quickstart.yaml with its own callbacks, reward and model, and 4 pairs an epoch. An undisturbed run first. Then
+the same one, its process group sent SIGKILL: one life in five while it starts, the others at a random moment of their
+next epochs (sampling, reward, training, writing). After each kill last.ckpt is read, its checksums compared, and the
+run goes on by --ckpt_path last. In the end every tensor and number of last.ckpt, every byte of the exported LoRA, and
+every logged row must be the undisturbed run's, and no more epochs may have been done again than there were kills; the
+exit code says so. About 10 minutes on two cores that do nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -23,8 +26,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from tests.test_kills import are_whole, arguments, logged, said
-from tests.test_parallel import ROOT, checkpoint, flat, trained
+from tests import shipped
+from tests.test_kills import are_whole, said
+from tests.test_parallel import ROOT, WAYS, checkpoint, flat, trained
 
 EPOCHS_PER_KILL = 4
 WINDOW = 5
@@ -50,10 +54,21 @@ def begun(folder: Path) -> list[int]:
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
-def start(folder: Path, epochs: int, strategy: str, *more: str) -> subprocess.Popen[bytes]:
-    note = {"class_path": "tests.chaos.Begun", "init_args": {"file": str(folder / "begun.txt")}}
+def line(folder: Path, epochs: int, strategy: str) -> list[str]:
+    """The command's words."""
     folder.mkdir(exist_ok=True)
-    words = arguments(folder, *more, way=strategy, epochs=epochs, callbacks=[note])
+    (folder / "val.txt").write_text('"12" in red\n"345" in blue\n')
+    note = {"class_path": "tests.chaos.Begun", "init_args": {"file": str(folder / "begun.txt")}}
+    return [
+        "fit", "--config=configs/quickstart.yaml", *WAYS[strategy], f"--data.val={folder / 'val.txt'}",
+        "--model.num_pairs=4", f"--model.batch_size={16 if strategy == 'one' else 8}",
+        f"--trainer.callbacks+={json.dumps([note, shipped.EMA])}", f"--trainer.max_epochs={epochs}",
+        f"--trainer.default_root_dir={folder / 'run'}", "--trainer.enable_progress_bar=false",
+    ]  # fmt: skip
+
+
+def start(folder: Path, epochs: int, strategy: str, *more: str) -> subprocess.Popen[bytes]:
+    words = [*line(folder, epochs, strategy), *more]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "lightning_fdfo", *words],
@@ -71,12 +86,7 @@ def wait_for_epochs(process: subprocess.Popen[bytes], folder: Path, number: int)
 
 
 def resume(folder: Path) -> list[str]:
-    """How a user goes on with what a kill has left."""
-    whole = are_whole(folder)
-    if "last.ckpt" in whole:
-        return ["--ckpt_path=last"]
-    if whole:
-        return [f"--ckpt_path={folder / 'checkpoints' / max(whole, key=lambda name: whole[name])}"]
+    """How a user goes on with what a kill has left: always by the same words, once there is a run."""
     return ["--ckpt_path=last"] if (folder / "run/config.yaml").exists() else []
 
 
@@ -90,7 +100,7 @@ def bytes_that_differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
     return sum(v.nbytes for name, v in one.items() if name not in other or not torch.equal(v, other[name]))
 
 
-def main(kills: int = 20, seed: int = 0, strategy: str = "ddp", folder: Path | None = None) -> int:
+def main(kills: int = 20, seed: int = 0, strategy: str = "one", folder: Path | None = None) -> int:
     """Prints a line a kill and the outcome; 0 if nothing is lost."""
     root = folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     dice, epochs, began = random.Random(seed), EPOCHS_PER_KILL * kills, time.monotonic()
@@ -129,21 +139,23 @@ def main(kills: int = 20, seed: int = 0, strategy: str = "ddp", folder: Path | N
     if code:
         raise RuntimeError(f"the last life failed: {said(killed)[-2000:]}")
 
-    rows, own_rows = logged(undisturbed), logged(killed)
+    rows, own_rows = shipped.logged(undisturbed / "run"), shipped.logged(killed / "run")
     lost = bytes_that_differ(state(undisturbed), state(killed))
     missing = [step for step, row in rows.items() if own_rows.get(step) != row]
+    same_files = shipped.loras(undisturbed / "run") == shipped.loras(killed / "run")
     now = begun(killed)
+    again = len(now) - len(set(now))
     print(
-        f"{survived} of {kills} kills survived, {len(now) - len(set(now))} epochs redone, "
-        f"{lost} bytes lost, {len(missing)} logged rows lost, in {time.monotonic() - began:.0f} s"
+        f"{survived} of {kills} kills survived, {again} epochs done again, {lost} bytes lost, {len(missing)} logged "
+        f"rows lost, LoRA files {'equal' if same_files else 'NOT equal'}, in {time.monotonic() - began:.0f} s"
     )
-    return int(bool(lost or missing or survived < kills))
+    return int(bool(lost or missing or not same_files or again > kills or survived < kills))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp2"])
+    parser.add_argument("--strategy", default="one", choices=list(WAYS))
     given = parser.parse_args()
     sys.exit(main(given.kills, given.seed, given.strategy))

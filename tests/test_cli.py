@@ -1,6 +1,5 @@
 """The command as a user types it: in processes of its own, on the shipped model and a reward that costs nothing."""
 
-import json
 import os
 import re
 import signal
@@ -51,26 +50,19 @@ def run(*arguments, optimise=False, check=True):
     return result
 
 
-def every_epoch(folder):
-    """Each epoch's checkpoint is kept, by the configuration's first callback; the second one is left out."""
-    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
-    callbacks = config["trainer"]["callbacks"]
-    callbacks[0]["init_args"] |= {"filename": "{epoch}", "save_top_k": -1}
-    del callbacks[1]
-    overlay = folder / "every_epoch.yaml"
-    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-    return ["--config", str(overlay)]
+def last(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return last(folder)["state_dict"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Six epochs without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    run(*fit_arguments(folder / "run", *every_epoch(folder), *SMALL, "--trainer.max_epochs=6"))
+    run(*fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=6"))
     return folder / "run"
 
 
@@ -85,36 +77,40 @@ def test_a_run_leaves_its_record(whole):
 
 
 def test_kill_and_resume_is_no_stop_to_the_bit(whole, tmp_path):
-    """kill -9 in the middle of an epoch, then --ckpt_path last."""
-    arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
+    """kill -9 in the middle of an epoch, then --ckpt_path last; callbacks are the shipped ones."""
+    arguments = fit_arguments(tmp_path / "run", *SMALL, "--trainer.max_epochs=6")
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, **silent)
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "run/checkpoints/epoch=1.ckpt").exists():
+        while not (tmp_path / "run/pairs/epoch=002.csv").exists():  # by PairLog, once the third epoch is rolled out
             assert process.poll() is None, "ended before it was killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+    assert last(tmp_path / "run")["epoch"] in (1, 2, 3)
+    begun = len(list((tmp_path / "run/pairs").glob("*.csv")))
+    assert begun - 1 <= last(tmp_path / "run")["epoch"] + 1 <= begun, "no more than an epoch is done again"
     run(*arguments, "--ckpt_path=last")
+    assert lora(tmp_path / "run") == lora(whole)
     resumed, undisturbed = weights(tmp_path / "run"), weights(whole)
     assert set(resumed) == set(undisturbed)
     assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
-    scales = [
-        torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["reward_scales"]
-        for folder in (whole, tmp_path / "run")
-    ]
+    scales = [last(folder)["reward_scales"] for folder in (whole, tmp_path / "run")]
     assert scales[0] == scales[1]
     assert scales[0]["JPEGSize"]["epoch"] == 5
     assert (tmp_path / "run/config-1.yaml").exists()
 
 
+def lora(folder):
+    return (folder / "lora/pytorch_lora_weights.safetensors").read_bytes()
+
+
 def test_python_o_changes_nothing(whole, tmp_path):
-    arguments = fit_arguments(tmp_path / "run", *every_epoch(tmp_path), *SMALL, "--trainer.max_epochs=6")
+    arguments = fit_arguments(tmp_path / "run", *SMALL, "--trainer.max_epochs=6")
     run(*arguments, optimise=True)
     optimised = weights(tmp_path / "run")
     assert all(torch.equal(value, optimised[name]) for name, value in weights(whole).items())
@@ -130,10 +126,10 @@ def test_two_processes_train_what_one_trains(tmp_path):
         folder = tmp_path / str(devices)
         folder.mkdir()
         run(
-            *fit_arguments(folder / "run", *every_epoch(folder), *SMALL, "--trainer.max_epochs=2"),
+            *fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=2"),
             f"--trainer.devices={devices}", "--trainer.strategy=ddp", f"--model.batch_size={batch_size}",
         )  # fmt: skip
-        runs.append(torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True))
+        runs.append(last(folder / "run"))
     one, two = (saved["reward_scales"]["JPEGSize"] for saved in runs)
     assert two["before"] == pytest.approx(one["before"], rel=1e-12)
     assert two["total"] == pytest.approx(one["total"], rel=1e-3)
@@ -149,23 +145,37 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
 
 def test_a_job_that_slurm_has_queued_anew_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
     arguments = fit_arguments(tmp_path, *SMALL, "--trainer.callbacks=null", "--trainer.logger=false")
-    checkpoints = {
-        "dirpath": str(tmp_path / "c"),
-        "every_n_epochs": 1,
-        "save_on_train_epoch_end": True,
-        "save_last": True,
-    }
-    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints}
-    arguments += [f"--trainer.callbacks={json.dumps([saving])}"]
     main([*arguments, "--trainer.max_epochs=1"])
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(SystemExit):
         main([*arguments, "--trainer.max_epochs=2"])
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     main([*arguments, "--trainer.max_epochs=2"])
-    assert torch.load(tmp_path / "c/last.ckpt", weights_only=True)["epoch"] == 1
+    assert last(tmp_path)["epoch"] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"], "and no other is written"
     assert yaml.safe_load((tmp_path / "config-1.yaml").read_text())["ckpt_path"] == "last"
     main([*fit_arguments(tmp_path / "new", *SMALL), "--trainer.callbacks=null", "--trainer.max_epochs=1"])
+
+
+def test_last_without_a_last_checkpoint_is_no_silent_new_start(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(ROOT)
+    arguments = fit_arguments(
+        tmp_path, *SMALL, "--trainer.callbacks=null", "--trainer.logger=false", "--ckpt_path=last"
+    )
+    kept = tmp_path / "checkpoints/epoch=9.ckpt"
+    kept.parent.mkdir()
+    kept.touch()
+    (tmp_path / "config.yaml").touch()  # of a run
+    for command_name in ("fit", "validate"):
+        with pytest.raises(SystemExit):
+            main([command_name, *arguments[1:]])
+        said = f"error: --ckpt_path last: {kept.parent} holds no last.ckpt, but epoch=9.ckpt: go on from one by "
+        assert f"{said}--ckpt_path {kept}, or begin anew in another folder" in capsys.readouterr().err
+    kept.unlink()
+    caplog.set_level("INFO")
+    main([*arguments, "--trainer.max_epochs=1"])
+    assert f"The run in {tmp_path} was ended before its first checkpoint: it begins anew, from epoch 0" in caplog.text
+    assert last(tmp_path)["epoch"] == 0
 
 
 @pytest.fixture
@@ -178,7 +188,6 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")  # Lightning says it before we do
 @pytest.mark.parametrize(
     ("option", "message"),
     [

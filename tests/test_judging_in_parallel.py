@@ -48,10 +48,8 @@ def trained(arguments, folder, *more):
         "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=100", "--trainer.logger=false",
         "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 3.0}}",
     ]  # fmt: skip
-    saving = {"dirpath": str(folder), "save_last": True, "save_on_train_epoch_end": True}
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
-    run("fit", *arguments, *fit, *more, f"--trainer.callbacks={json.dumps([callback])}", f"{ROOT_DIR}={folder / 'fit'}")
-    return folder / "last.ckpt"
+    run("fit", *arguments, *fit, *more, "--trainer.callbacks=null", f"{ROOT_DIR}={folder / 'fit'}")
+    return folder / "fit/checkpoints/last.ckpt"
 
 
 ROOT_DIR = "--trainer.default_root_dir"

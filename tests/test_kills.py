@@ -1,14 +1,13 @@
 """Runs that are killed, or asked to stop, at a chosen moment and gone on with: what they are in the end.
 
 Each run is a process of its own, forked from one that has imported everything; two devices are started as a user does.
-
-Lightning 2.6.6 on SIGTERM notes the signal, and ends the run after the current batch (or the epoch's end), without a
-checkpoint and with exit code 0. SLURM's warning, SIGUSR1, is `SLURMRequeue`'s.
+SLURM's warning, SIGUSR1, is `SLURMRequeue`'s; ctrl-C and SIGTERM are `StopOnSignal`'s.
 """
 
-import csv
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,14 +21,13 @@ from lightning.pytorch import Callback
 
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.reward_mix import RewardMix
-from tests.test_parallel import ROOT, WAYS, checkpoint, flat, overlay, trained
+from tests import shipped
+from tests.test_parallel import ROOT, WAYS, checkpoint, overlay
 
 pytestmark = pytest.mark.slow
 EPOCHS = 4
 EVER = 120
 """Seconds that no run of this file takes."""
-TIMINGS = ("seconds", "per_second")
-"""Ends of logged names whose values are no two runs' own."""
 
 
 class At(Callback):
@@ -105,7 +103,6 @@ def configuration(folder, epochs=EPOCHS, callbacks=(), **moment):
         "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger},
     }
     shared = config["trainer"]["callbacks"][:-1]
-    shared[0]["init_args"] |= {"save_top_k": 1, "enable_version_counter": False}  # the last one, and last.ckpt
     at = [{"class_path": "tests.test_kills.At", "init_args": moment}] if moment else []
     config["trainer"]["callbacks"] = [*shared, *callbacks, *at]
     path = folder / "overlay.yaml"
@@ -136,14 +133,13 @@ def live(line, log, environment):
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts a run; what has not ended at the end is killed."""
+    """Starts a run, given the command's words; what has not ended at the end is killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_fdfo.cli", "tests.test_kills", "diffusers", "torchvision"])
     started = []
 
-    def run(folder, *more, environment=(), **options):
-        line = arguments(folder, *more, **options)
-        process = context.Process(target=live, args=(line, str(folder / "log.txt"), dict(environment)))
+    def run(folder, *line, environment=()):
+        process = context.Process(target=live, args=(list(line), str(folder / "log.txt"), dict(environment)))
         process.start()
         started.append(process)
         return process
@@ -157,8 +153,8 @@ def start():
 def fit(start):
     """Runs to its end, and gives its exit code."""
 
-    def run(folder, *more, **options):
-        process = start(folder, *more, **options)
+    def run(folder, *more, environment=(), **options):
+        process = start(folder, *arguments(folder, *more, **options), environment=environment)
         process.join(EVER)
         assert process.exitcode is not None, f"has not ended in {EVER} s"
         return process.exitcode
@@ -170,29 +166,13 @@ def said(folder):
     return (folder / "log.txt").read_text(errors="replace")
 
 
-def logged(folder):
-    """step -> name -> value as written, of all lives of a run; a later one's take the place of an earlier one's."""
-    rows = {}
-    for path in sorted((folder / "run/csv").glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                values = {name: value for name, value in row.items() if value and not name.endswith(TIMINGS)}
-                rows[int(row["step"])] = values
-    return rows
-
-
 def is_the_same(folder, whole):
-    """All that a run is in the end: weights, optimiser, scheduler, average, scales, steps, and what it has logged."""
-    ends = [checkpoint(run) for run in (whole, folder)]
-    one, other = (trained(saved) | dict(flat(saved["lr_schedulers"], "scheduler")) for saved in ends)
-    assert set(one) == set(other)
-    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
-    assert logged(folder) == logged(whole)
+    shipped.is_the_same(folder / "run", whole / "run")
 
 
 def are_whole(folder):
     """Each checkpoint that a run has left can be loaded, its checksums compared."""
-    paths = sorted((folder / "run").glob("hpc_ckpt_*.ckpt")) + sorted((folder / "checkpoints").glob("*.ckpt"))
+    paths = sorted((folder / "run").glob("hpc_ckpt_*.ckpt")) + sorted((folder / "run/checkpoints").glob("*.ckpt"))
     return {path.name: AtomicCheckpointIO().load_checkpoint(path)["epoch"] for path in paths}
 
 
@@ -203,7 +183,7 @@ def whole(fit, tmp_path_factory):
     assert fit(folder) == 0, said(folder)[-3000:]
     saved = checkpoint(folder)
     assert (saved["epoch"], saved["global_step"], saved["reward_scales"]["Colorfulness"]["epoch"]) == (3, 8, 3)
-    assert len(logged(folder)) == EPOCHS
+    assert len(shipped.logged(folder / "run")) == EPOCHS
     return folder
 
 
@@ -221,10 +201,11 @@ def whole(fit, tmp_path_factory):
 )
 def test_a_killed_run_goes_on_to_the_bit(fit, whole, tmp_path, moment):
     assert fit(tmp_path, moment=moment, epoch=2) == -signal.SIGKILL, said(tmp_path)[-3000:]
-    partial = [path.name for path in (tmp_path / "checkpoints").glob(".*")]
+    partial = [re.sub(r"-\d+$", "", path.name) for path in (tmp_path / "run/checkpoints").glob(".*")]
     assert partial == {"writing": [".epoch=2.ckpt.partial"], "writing last": [".last.ckpt.partial"]}.get(moment, [])
     assert are_whole(tmp_path)["last.ckpt"] == (2 if moment == "logging" else 1)
     assert fit(tmp_path, "--ckpt_path=last") == 0, said(tmp_path)[-3000:]
+    assert not list((tmp_path / "run/checkpoints").glob(".*")), "what was half-written is gone"
     is_the_same(tmp_path, whole)
 
 
@@ -234,7 +215,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit, whole, tmp_pa
     assert fit(tmp_path) == 2
     assert "holds a run already: go on with it by --ckpt_path last" in said(tmp_path)
     assert fit(tmp_path, "--ckpt_path=last") == 0
-    assert "there is no last checkpoint available" in said(tmp_path)
+    assert "was ended before its first checkpoint: it begins anew, from epoch 0" in said(tmp_path)
     is_the_same(tmp_path, whole)
 
 
@@ -242,8 +223,9 @@ def test_a_run_killed_before_its_first_last_names_the_file_to_go_on_with(fit, wh
     assert fit(tmp_path, moment="between", epoch=0) == -signal.SIGKILL
     assert are_whole(tmp_path) == {"epoch=0.ckpt": 0}
     assert fit(tmp_path, "--ckpt_path=last") == 2
-    assert "holds no last.ckpt: name one of its files: epoch=0.ckpt" in said(tmp_path)
-    assert fit(tmp_path, f"--ckpt_path={tmp_path / 'checkpoints/epoch=0.ckpt'}") == 0
+    file = tmp_path / "run/checkpoints/epoch=0.ckpt"
+    assert f"holds no last.ckpt, but epoch=0.ckpt: go on from one by --ckpt_path {file}" in said(tmp_path)
+    assert fit(tmp_path, f"--ckpt_path={file}") == 0
     is_the_same(tmp_path, whole)
 
 
@@ -272,15 +254,38 @@ def test_two_processes_of_which_one_is_killed_go_on_to_the_bit(tmp_path):
 
 # Asked to stop
 
+STOPS = {"SIGINT": ("ctrl-C", 130), "SIGTERM": ("SIGTERM", 143)}
 
+
+@pytest.mark.parametrize("sent", STOPS)
 @pytest.mark.parametrize(("moment", "last"), [("sampling", 1), ("reward", 1), ("training", 1), ("between", 2)])
-def test_a_run_that_is_asked_to_stop_stops_soon_and_goes_on_to_the_bit(fit, whole, tmp_path, moment, last):
-    assert fit(tmp_path, moment=moment, epoch=2, sent="SIGTERM", batch=2) == 0, said(tmp_path)[-3000:]
-    assert "Received SIGTERM" in said(tmp_path)
+def test_a_run_that_is_asked_to_stop_stops_soon_and_goes_on_to_the_bit(fit, start, whole, tmp_path, moment, last, sent):
+    name, code = STOPS[sent]
+    assert fit(tmp_path, moment=moment, epoch=2, sent=sent, batch=2) == code, said(tmp_path)[-3000:]
+    text = said(tmp_path)
+    assert f"{name}: the run ends after the current batch; ctrl-C ends it at once" in text
+    (sentence,) = re.findall(r"^Stopped by .*$", text, re.MULTILINE)
+    file = tmp_path / "run/checkpoints/last.ckpt"
+    assert sentence.startswith(f"Stopped by {name}: {file} holds {last + 1} of 4 epochs; go on by lightning-fdfo fit ")
+    assert "Traceback" not in text
     assert are_whole(tmp_path)["last.ckpt"] == last
-    assert not list((tmp_path / "checkpoints").glob(".*"))
-    assert fit(tmp_path, "--ckpt_path=last") == 0, said(tmp_path)[-3000:]
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    _, *line = shlex.split(sentence.partition("go on by ")[2])
+    configuration(tmp_path)  # the same, undisturbed
+    process = start(tmp_path, *line)
+    process.join(EVER)
+    assert process.exitcode == 0, said(tmp_path)[-3000:]
     is_the_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_of_which_one_is_asked_to_stop_stop_together(tmp_path, rank):
+    assert on_two(tmp_path, moment="sampling", epoch=1, rank=rank, sent="SIGTERM") == 143, said(tmp_path)[-3000:]
+    assert said(tmp_path).count("Stopped by SIGTERM: ") == 1
+    assert "Traceback" not in said(tmp_path)
+    assert are_whole(tmp_path)["last.ckpt"] == 0
+    assert on_two(tmp_path, "--ckpt_path=last") == 0, said(tmp_path)[-3000:]
+    assert are_whole(tmp_path)["last.ckpt"] == EPOCHS - 1
 
 
 @pytest.fixture
@@ -299,10 +304,10 @@ def slurm(tmp_path):
 @pytest.mark.parametrize("moment", ["sampling", "training", "between"])
 def test_a_job_that_slurm_requeues_goes_on_to_the_bit_by_the_same_command(fit, whole, tmp_path, slurm, moment):
     options = {"moment": moment, "epoch": 2, "sent": "SIGUSR1", "batch": 2}
-    assert fit(tmp_path, environment=slurm, **options) == 0, said(tmp_path)[-3000:]
+    assert fit(tmp_path, environment=slurm, **options) == 143, said(tmp_path)[-3000:]
     assert (tmp_path / "called.txt").read_text() == "requeue 4321\n"
     last = 2 if moment == "between" else 1
-    assert are_whole(tmp_path) == {f"epoch={last}.ckpt": last, "last.ckpt": last}
+    assert are_whole(tmp_path) == {f"epoch={epoch}.ckpt": epoch for epoch in range(last + 1)} | {"last.ckpt": last}
     assert fit(tmp_path, environment=slurm) == 2  # not requeued: somebody else's job, in a folder that is taken
     assert fit(tmp_path, environment=slurm | {"SLURM_RESTART_COUNT": "1"}) == 0, said(tmp_path)[-3000:]
     is_the_same(tmp_path, whole)

@@ -60,15 +60,6 @@ def overlay(folder):
                 }
             ],
             "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {
-                        "dirpath": str(folder / "run/checkpoints"),
-                        "filename": "{epoch}",
-                        "save_on_train_epoch_end": True,
-                        "save_last": True,
-                    },
-                },
                 {"class_path": "lightning_fdfo.callbacks.PairLog"},
             ],
         },

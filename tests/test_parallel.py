@@ -78,12 +78,12 @@ def overlay(folder, lora):
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                     "init_args": {
-                        "dirpath": str(folder / "checkpoints"),
+                        "dirpath": "${trainer.default_root_dir}/checkpoints",
                         "filename": "{epoch}",
-                        "every_n_epochs": 1,
+                        "every_n_epochs": 1,  # the shipped one keeps every tenth
                         "save_on_train_epoch_end": True,
-                        "save_last": True,
                         "save_top_k": -1,
+                        "enable_version_counter": False,
                     },
                 },
                 {"class_path": "lightning_fdfo.callbacks.EMA", "init_args": {"decay": 0.5}},
@@ -111,7 +111,7 @@ def fit(folder, way, *more, lora=True):
 
 
 def checkpoint(folder, name="last"):
-    return torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+    return torch.load(folder / f"run/checkpoints/{name}.ckpt", weights_only=True)
 
 
 def rollouts(folder, epoch):
@@ -225,7 +225,7 @@ def test_a_run_that_stops_goes_on_to_the_bit(runs, way, tmp_path):
 @pytest.mark.parametrize("other", ["ddp", "one"])
 def test_a_run_goes_on_on_another_number_of_devices(runs, tmp_path, other):
     fit(tmp_path, "fsdp2", "--trainer.max_epochs=2")
-    fit(tmp_path, other, f"--ckpt_path={tmp_path / 'checkpoints/last.ckpt'}")
+    fit(tmp_path, other, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}")
     whole, resumed = checkpoint(runs("one")), checkpoint(tmp_path)
     assert resumed["global_step"] == EPOCHS
     for name, value in whole["state_dict"].items():

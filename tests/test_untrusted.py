@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import LoRAExport
-from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.cli import MAX_NODES, RunRecord
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flow import Conditioning
@@ -335,6 +334,7 @@ def test_a_name_below_the_folder_is_fine(start, tmp_path):
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.ckpt")} == {
         "run/c/best/epoch=0.ckpt",
         "run/c/last.ckpt",
+        "run/checkpoints/last.ckpt",
     }
 
 
@@ -344,24 +344,16 @@ def test_last_is_no_link(start):
         start(save_last="link")
 
 
-@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")  # Lightning says it before we do
-def test_last_that_is_gone_does_not_mean_to_start_anew(start, tmp_path):
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "run" / "c" / "epoch=3.ckpt")
-    (tmp_path / "run" / "config.yaml").touch()
-    with pytest.raises(ConfigurationError, match=r"holds no last\.ckpt: name one of its files: epoch=3\.ckpt$"):
-        start(ckpt_path="last", save_last=True)
-
-
 @pytest.mark.parametrize("torn", [b"", b"PK\3\4 cut short", "half"])
 def test_a_checkpoint_that_cannot_be_read_is_told_before_any_model_is_loaded(start, tmp_path, torn, monkeypatch):
     """Also where weights are sharded: Lightning's strategy for that reads files by itself."""
-    start(save_last=True)
-    last = tmp_path / "run/c/last.ckpt"
+    start(dirpath=tmp_path / "run/checkpoints")
+    last = tmp_path / "run/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2] if torn == "half" else torn)
     (tmp_path / "run/config.yaml").touch()
     monkeypatch.setattr(FDFOModule, "configure_model", None)
     with pytest.raises(ConfigurationError, match=r"last\.ckpt cannot be loaded: it is cut short.*epoch=0"):
-        start(ckpt_path="last", save_last=True)
+        start(ckpt_path=str(last))
 
 
 CLIMBING = {"../../x": torch.ones(2), "/x": torch.ones(2), "transformer.../../x.lora_A.weight": torch.ones(2)}

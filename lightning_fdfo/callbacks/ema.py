@@ -125,7 +125,7 @@ class EMA(Callback):
         self._hook = pl_module.register_state_dict_post_hook(put_raw)  # type: ignore[no-untyped-call]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swaps the weights back, before ModelCheckpoint, which is always last among callbacks, writes them."""
+        """Swaps the weights back, before checkpoint callbacks, which are always last, write them."""
         self._swap_back(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -46,6 +46,8 @@ class RunOwner(Callback):
         self._lock: FileLock | None = None
         self._begun: Path | None = None
         """The folder that this trainer has begun a run in: its next `fit` may go on there."""
+        self.goes_on = False
+        """Whether the command goes on with what the folder holds, even if no checkpoint has been written yet."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Claims the folder, if anything will be written; raises ConfigurationError on all processes if it is taken."""
@@ -113,7 +115,7 @@ class RunOwner(Callback):
         folder = Path(trainer.default_root_dir)
         if self._lock is None or self._begun == folder:
             return
-        self.check_new(folder, goes_on=bool(trainer.ckpt_path))
+        self.check_new(folder, self.goes_on or bool(trainer.ckpt_path))
         facts = {
             "software": f"lightning-fdfo {version('lightning-fdfo')}",
             "host": socket.gethostname(),
