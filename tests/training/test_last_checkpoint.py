@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last, last_file
+from lightning_fdfo.training.run_owner import MARK
 
 WITH = {"enable_checkpointing": True, "plugins": []}
 """The trainer as a user makes it: Lightning's own writer, and no callback for last.ckpt."""
@@ -57,11 +58,15 @@ def test_an_epoch_that_is_cut_short_is_not_written(toy_module, fit, tmp_path):
 
 
 def test_another_runs_file_is_not_written_over(toy_module, fit, tmp_path):
-    """Also where a run was to go on by Lightning's "last", which finds nothing in a folder of its own."""
+    """Also where a run was to go on by Lightning's "last", which finds nothing in a folder of its own.
+
+    A folder with a mark is refused by `RunOwner`; this one is of a version that made none.
+    """
     fit(toy_module(), 2, **WITH)
     content = last_file(tmp_path).read_bytes()
     elsewhere = [ModelCheckpoint(tmp_path / "elsewhere")]
     for ckpt_path, callbacks in ((None, []), ("last", elsewhere)):
+        (tmp_path / MARK).unlink(missing_ok=True)
         with (
             pytest.warns(match="no last checkpoint available") if ckpt_path else pytest.MonkeyPatch.context(),
             pytest.raises(ConfigurationError, match=r"last\.ckpt is another run's, and this one would write over it"),
