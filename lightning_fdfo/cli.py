@@ -35,6 +35,8 @@ from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
+from lightning_fdfo.training.optimizer_settings import given_on_command_line
+from lightning_fdfo.training.resumed_settings import check_optimizer
 from lightning_fdfo.training.run_owner import MARK, RunOwner
 from lightning_fdfo.training.stop import StopOnSignal, ends_at_once, resuming_command
 
@@ -78,7 +80,9 @@ class RunRecord(SaveConfigCallback):
                 _check_checkpoints(callback)
         file = find_last(record.parent) if ckpt_path == "last" else ckpt_path
         if file:
-            _check_readable(trainer, Path(file))
+            checkpoint = _read(trainer, Path(file))
+            if stage == "fit" and checkpoint is not None:
+                check_optimizer(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the record once all has been set up: a run that cannot start leaves no config.yaml."""
@@ -106,11 +110,14 @@ def _check_checkpoints(callback: ModelCheckpoint) -> None:
         )
 
 
-def _check_readable(trainer: Trainer, file: Path) -> None:
-    """Raises ConfigurationError for a file that cannot be read: before a model is loaded, and for every strategy."""
+def _read(trainer: Trainer, file: Path) -> dict[str, Any] | None:
+    """A checkpoint without its tensors' values; None if another plugin than ours reads checkpoints.
+
+    Raises:
+        ConfigurationError: it cannot be read: before a model is loaded, and for every strategy.
+    """
     reader = trainer.strategy.checkpoint_io
-    if isinstance(reader, AtomicCheckpointIO):
-        reader.load_checkpoint(file, map_location="meta")
+    return reader.load_checkpoint(file, map_location="meta") if isinstance(reader, AtomicCheckpointIO) else None
 
 
 def _last(folder: Path, command: str) -> Path | None:
@@ -201,6 +208,7 @@ class FDFOCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; one value of a mixture's term may be changed by itself, see mixture_arguments.py."""
         given = sys.argv[1:] if args is None else args
+        self.resume_overrides = given_on_command_line(given)
         whole = with_changes(parser, given)
         if whole == given:
             super().parse_arguments(parser, args)
@@ -221,6 +229,7 @@ class FDFOCLI(LightningCLI):
             file = _last(Path(self.trainer.default_root_dir), str(self.subcommand))
             options["ckpt_path"] = None if file is None else str(file)
         self.model.lora_file = self.lora_file
+        self.model.resume_overrides = self.resume_overrides
 
     def before_fit(self) -> None:
         """Claims the run's folder: before loggers, which write first, begin."""

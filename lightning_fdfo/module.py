@@ -50,6 +50,7 @@ from lightning_fdfo.routing import check_route, is_for, routes
 from lightning_fdfo.training.finite_weights import FiniteWeights, advice
 from lightning_fdfo.training.guards import missing_guards
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
+from lightning_fdfo.training.resumed_settings import ResumedSettings
 from lightning_fdfo.training.run_owner import RunOwner
 from lightning_fdfo.training.stop import stop_if_asked
 from lightning_fdfo.training.trainer_guard import check_accumulation, guard
@@ -160,6 +161,8 @@ class FDFOModule(LightningModule):
         self.evaluation = evaluation
         self.embedder = named_embedder(evaluation.diversity) if evaluation.diversity is not None else None
         self.seed = seed
+        self.resume_overrides: frozenset[str] = frozenset()
+        """On a resume these count, not the checkpoint's: settings of the optimiser (`lr`; `*`: all), `lr_scheduler`."""
         self.lora_file: Path | None = None
         """To validate, test or predict with instead of the configuration's LoRA."""
         self.comparison: list[Row] = []
@@ -206,7 +209,7 @@ class FDFOModule(LightningModule):
         """
         guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        own = [callback() for callback in (RunOwner, FiniteWeights) if callback not in present]
+        own = [callback() for callback in (RunOwner, FiniteWeights, ResumedSettings) if callback not in present]
         return [*own, *missing_guards(self.trainer)]
 
     def prepare_data(self) -> None:
@@ -673,7 +676,7 @@ class FDFOModule(LightningModule):
         Raises:
             DivergenceError: a weight is not finite; no file is written.
         """
-        checkpoint["fdfo"] = self._identity()
+        checkpoint["fdfo"] = {**checkpoint.get("fdfo", {}), **self._identity()}
         checkpoint["shapes"] = self._shapes()
         checkpoint["reward_scales"] = self.rewards.state_dict()
         weights = checkpoint["state_dict"]  # empty but on the first process, where weights are sharded
