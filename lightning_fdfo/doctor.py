@@ -27,12 +27,14 @@ from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.judgement import gather, judge
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, velocity_objective
 from lightning_fdfo.prompts import Prompt, read_prompts
 from lightning_fdfo.reward import as_reward
 from lightning_fdfo.rollout import Rollout, Sampling, roll_out, uses_negatives
 from lightning_fdfo.rollout_loader import TrajectoryPoints, deal_points
+from lightning_fdfo.training.learning import cannot_learn, nothing_learned
 
 MAX_FAULTS = 5
 """Faulty prompts that are told one by one."""
@@ -121,6 +123,7 @@ def before_loading(
     if module.embedder is not None:
         yield _tried(module.embedder.fetch, f"the weights of {module.evaluation.diversity}, for diversity, are here")
     yield from _prompts(module, data)
+    yield from (Finding(False, sentence) for sentence in cannot_learn(module, trainer.max_epochs))
     try:
         yield Finding(True, str(module.plan))
     except ConfigurationError as error:
@@ -195,6 +198,7 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
         rollout = _pair(module, prompt, conditioning, module.sampling)
         yield _churn(module, rollout)
         yield from _scores(module, rollout)
+        yield from _teaches(module, rollout)
         points = _points(module, rollout)
         yield _replay(module, points)
         yield _gradient(module, points)
@@ -262,6 +266,15 @@ def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
         slack = 1e-4 * (1 + scores.abs())
         well = bool(scores.isfinite().all() and (scores >= low - slack).all() and (scores <= high + slack).all())
         yield Finding(well, f"{name}: {given} for two images; its range is {low:g} … {high:g}")
+
+
+def _teaches(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
+    """What `fit` would report of an epoch of this one pair; a tie is no fault yet, other pairs may differ."""
+    scored = gather(rollout, 1, lambda sums: sums)
+    if bool(scored.whole.all()):
+        judged = judge(scored, module.rewards, 0)
+        found = nothing_learned(judged, module.rewards, 0)
+        yield from (Finding(True, f"in this one pair: {text}") for _, text in found)
 
 
 def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:

@@ -49,6 +49,7 @@ from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
 from lightning_fdfo.training.finite_weights import FiniteWeights, advice
 from lightning_fdfo.training.guards import missing_guards
+from lightning_fdfo.training.learning_guard import LearningGuard, check_trainable
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
 from lightning_fdfo.training.resumed_settings import ResumedSettings
 from lightning_fdfo.training.run_owner import RunOwner
@@ -209,8 +210,8 @@ class FDFOModule(LightningModule):
         """
         guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        own = [callback() for callback in (RunOwner, FiniteWeights, ResumedSettings) if callback not in present]
-        return [*own, *missing_guards(self.trainer)]
+        kinds = (RunOwner, FiniteWeights, ResumedSettings, LearningGuard)
+        return [*(kind() for kind in kinds if kind not in present), *missing_guards(self.trainer)]
 
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
@@ -326,6 +327,8 @@ class FDFOModule(LightningModule):
             rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
         else:
             self.flow.train_all()
+        if self._command == TrainerFn.FITTING:
+            check_trainable(self)
 
     def _cache_texts(self) -> None:
         """Lets the flow encode all texts now, if it caches them: each device its share, then what is still missing."""

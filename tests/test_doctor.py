@@ -116,7 +116,7 @@ def sampling(**options):
         ({"flow": Detached()}, "gives a gradient of norm 0"),
         ({"rewards": {"odd": RewardTerm(OutOfRange())}}, "odd: .* its range is 0 … 0.1"),
         ({"rewards": {"caption": RewardTerm(NeedsText())}}, r"prompts.txt:1: .*text"),
-        ({"sampling": sampling(churn=0.0)}, "sampling.churn must be above 0"),
+        ({"sampling": sampling(churn=0.0)}, "the two images of every pair are equal"),
         ({"num_pairs": 15, "updates_per_epoch": 7}, "updates_per_epoch"),
     ],
 )

@@ -44,6 +44,7 @@ def test_the_reward_rises_and_falls_when_its_sign_is_flipped(toy_module, fit, lo
         assert recorder.mean_reward(5) > recorder.epochs[0]["reward/mean"] + 0.1
 
 
+@pytest.mark.filterwarnings("ignore:reward flat")
 def test_what_is_logged(toy_module, fit):
     recorder = Recorder()
     rewards = {
@@ -70,6 +71,7 @@ def test_what_is_logged(toy_module, fit):
     assert first["train/points_per_second"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:none of the 16 pairs", "ignore:reward", "ignore:no pair of any epoch")
 def test_ties_are_counted_and_teach_nothing(toy_module, fit, weights):
     recorder, module = (
         Recorder(),
@@ -246,7 +248,7 @@ def test_validation_paints_the_same_images_in_every_epoch(toy_module, fit, promp
         def on_validation_batch_end(self, trainer, pl_module, outputs, *_):
             seen.append(outputs["images"])
 
-    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    still = lambda parameters: torch.optim.SGD(parameters, lr=1e-30)  # noqa: E731
     for churn in (0.1, 0.9):
         sampling = Sampling(num_steps=4, height=2, width=2, churn=churn)
         module = toy_module(optimizer=still, sampling=sampling)
@@ -303,7 +305,7 @@ def ratio_error(fit, monkeypatch):
         num_pairs=4,
         updates_per_epoch=1,
         batch_size=4,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-30),
     )
     monkeypatch.setattr("lightning_fdfo.module.velocity_objective", watched)
     fit(module, 1, precision="bf16-mixed")

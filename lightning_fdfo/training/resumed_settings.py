@@ -22,6 +22,7 @@ from lightning_fdfo.training.optimizer_settings import (
     resumed_optimizer,
     scheduler_record,
 )
+from lightning_fdfo.training.optimizers import build_optimizer
 from lightning_fdfo.training.settings_record import difference_lines, settings_record
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def check_optimizer(module: LightningModule, checkpoint: Mapping[str, Any]) -> N
     identity = checkpoint.get("fdfo")
     saved = identity.get(ENTRY) if isinstance(identity, dict) else None
     placeholder = torch.nn.Parameter(torch.zeros(1))
-    optimizer = cast("FDFOModule", module).optimizer([placeholder])
+    optimizer = build_optimizer(cast("FDFOModule", module).optimizer, [placeholder])
     check_same(saved if isinstance(saved, dict) else {}, checkpoint, optimizer)
 
 
