@@ -73,7 +73,7 @@ class Comparison:
         self.compared: list[str] = []
         """Names for which wins are counted."""
         sides = SIDES if evaluation.base else SIDES[:1]
-        self._means = {side: PromptMean(paired=side == "difference") for side in sides}
+        self._means = {side: PromptMean() for side in sides}
         self._diversities = {side: Diversity() for side in sides[:2] if embedder is not None}
         self._wins = WinRates(evaluation.confidence, evaluation.num_resamples, seed) if evaluation.base else None
         wins: list[Metric] = [] if self._wins is None else [self._wins]
@@ -95,7 +95,7 @@ class Comparison:
         self.compared = [name for name in self.names if name in self.higher_is_better]
         columns = {side: _columns(each, self.names) for side, each in values.items()}
         if base is not None:
-            columns["difference"] = torch.cat([columns["tuned"], columns["base"]], dim=1)
+            columns["difference"] = columns["tuned"] - columns["base"]
         for side, metric in self._means.items():
             metric.update(numbers, columns[side])
         if self._wins is not None:
@@ -127,7 +127,7 @@ def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
 def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """The values of some names, [N, K]."""
     count = len(next(iter(values.values())))
-    return torch.cat([torch.zeros(count, 0), *(values[name].float().cpu()[:, None] for name in names)], dim=1)
+    return torch.cat([torch.zeros(count, 0), *(values[name].cpu().double()[:, None] for name in names)], dim=1)
 
 
 def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:

@@ -61,33 +61,26 @@ def sum_by_prompt(prompts: Tensor, values: Tensor) -> Tensor:
 
 
 class PromptMean(Metric):
-    """`prompt_mean` over batches and devices: `update(prompts [N], values [N, K], float32)`, then `compute()`.
+    """`prompt_mean` over batches and devices: `update(prompts [N], values [N, K])`, then `compute()`.
 
-    Values wait on the device, which may have no float64.
-
-    Args:
-        paired: the values are [N, 2K], and their first half minus the second is meant, in float64.
+    Values are float64, and wait on the device as whole numbers of the same bits: not every device has float64.
     """
 
     full_state_update = False
     prompts: list[Tensor]
     values: list[Tensor]
 
-    def __init__(self, paired: bool = False, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.paired = paired
         self.add_state("prompts", [], dist_reduce_fx="cat")
         self.add_state("values", [], dist_reduce_fx="cat")
 
     def update(self, prompts: Tensor, values: Tensor) -> None:
         """Adds a batch; one of no images is needed where a device has none."""
         self.prompts.append(prompts.to(self.device))
-        self.values.append(values.to(self.device))
+        self.values.append(values.cpu().double().view(torch.int64).to(self.device))
 
     def compute(self) -> Mean:
         """Over all images, on the CPU."""
-        prompts, values = dim_zero_cat(self.prompts).cpu(), dim_zero_cat(self.values).cpu().double()
-        if self.paired:
-            first, second = values.chunk(2, dim=1)
-            values = first - second
-        return prompt_mean(prompts, values)
+        values = dim_zero_cat(self.values).cpu().view(torch.float64)
+        return prompt_mean(dim_zero_cat(self.prompts).cpu(), values)
