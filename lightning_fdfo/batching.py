@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lightning_fdfo.errors import ConfigurationError
 
+MAX_TRIED = 100_000
+"""Numbers that are tried as the nearest divisor of a count; enough for counts that fit in memory."""
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -87,12 +90,12 @@ class BatchPlan:
         if points < 1 or all_points % points:
             raise ConfigurationError(
                 f"num_points_per_pair={points} must divide a pair's {all_points} points (2 x num_steps={num_steps}); "
-                f"nearest: {_nearest(_divisors(all_points), points)}"
+                f"nearest: {_nearest_divisors(all_points, points)}"
             )
         if points % updates_per_epoch:
             raise ConfigurationError(
                 f"updates_per_epoch={updates_per_epoch} must divide the {points} points of a pair; "
-                f"nearest: {_nearest(_divisors(points), updates_per_epoch)}"
+                f"nearest: {_nearest_divisors(points, updates_per_epoch)}"
             )
         if num_pairs % world_size:
             below = num_pairs // world_size * world_size
@@ -104,7 +107,7 @@ class BatchPlan:
         if points_per_update % batch_size:
             raise ConfigurationError(
                 f"batch_size={batch_size} must divide the {points_per_update} points of an update on each device; "
-                f"nearest: {_nearest(_divisors(points_per_update), batch_size)}"
+                f"nearest: {_nearest_divisors(points_per_update, batch_size)}"
             )
         return cls(num_pairs, updates_per_epoch, points, batch_size, world_size)
 
@@ -117,15 +120,23 @@ class BatchPlan:
         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of a number next to the wanted one, below and above, as far as they are quickly found.
 
-
-def _nearest(valid: list[int], wanted: int) -> str:
-    """The valid values next to the wanted one, below and above."""
-    below = [value for value in valid if value < wanted]
-    above = [value for value in valid if value > wanted]
-    return _words(below[-1:] + above[:1])
+    Example:
+        >>> _nearest_divisors(80, 7), _nearest_divisors(80, 3), _nearest_divisors(80, 100)
+        ('5 or 8', '2 or 4', '80')
+        >>> _nearest_divisors(80 * 10**12, 7)
+        '5 or 8'
+    """
+    first = min(wanted - 1, number)
+    below = next((d for d in range(first, max(first - MAX_TRIED, 0), -1) if number % d == 0), None)
+    quotient = number // (wanted + 1)  # the larger the divisor, the smaller the quotient: where that is fewer to try
+    if quotient < MAX_TRIED:
+        above = next((number // q for q in range(quotient, 0, -1) if number % q == 0), None)
+    else:
+        above = next((d for d in range(wanted + 1, wanted + MAX_TRIED) if number % d == 0), None)
+    return _words([value for value in (below, above) if value is not None])
 
 
 def _words(values: list[int]) -> str:

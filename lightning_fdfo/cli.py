@@ -32,6 +32,7 @@ from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.judged_weights import find_lora
+from lightning_fdfo.kept_arguments import changed_classes
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
@@ -214,6 +215,13 @@ class FDFOCLI(LightningCLI):
             super().parse_arguments(parser, args)
         else:
             self.config = parser.parse_args(whole)
+        self._say_what_is_kept(given)
+
+    def _say_what_is_kept(self, words: Sequence[str]) -> None:
+        """Of a configuration file's arguments for another class than the one that is built."""
+        config = self.config.get(str(self.config.get("subcommand")), self.config)
+        for sentence in changed_classes(config.as_dict(), [str(word) for word in words]):
+            rank_zero_info(sentence)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would take a checkpoint's `hyper_parameters` into the configuration, which may name code."""
@@ -223,6 +231,8 @@ class FDFOCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
+            if "`tensorboard`" in str(error):  # Lightning's logger names no module, but says this
+                raise ModuleNotFoundError("tensorboard is not installed", name="tensorboard") from error
             raise _own_words(error) or error from None
         options = self.config_init.get(str(self.subcommand), {})
         if options.get("ckpt_path") == "last":

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -52,6 +53,8 @@ class DoctorCLI(FDFOCLI):
 
     def __init__(self, args: Sequence[str], examination: Callback) -> None:
         self.examination = examination
+        self.faults: list[Finding] = []
+        """Of the trainer that the configuration asks for."""
         super().__init__(args, run=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -65,9 +68,29 @@ class DoctorCLI(FDFOCLI):
         self.callbacks = as_list(self._get(self.config_init, "trainer", default={}).get("callbacks"))
         silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         silent["enable_model_summary"] = False
-        return super().instantiate_trainer(
-            **kwargs, **silent, callbacks=[self.examination], max_epochs=0, max_steps=-1, num_sanity_val_steps=0
-        )
+        options: dict[str, Any] = {**kwargs, **silent, "callbacks": [self.examination]}
+        options |= {"max_epochs": 0, "max_steps": -1, "num_sanity_val_steps": 0}
+        try:
+            return _writing_nothing(super().instantiate_trainer(**options))
+        except MisconfigurationException as error:  # such as for a GPU that is not there
+            asked = self._get(self.config_init, "trainer", default={})
+            settings = ", ".join(f"{name} {asked.get(name)}" for name in ("accelerator", "devices", "strategy"))
+            self.faults.append(
+                Finding(
+                    False,
+                    f"trainer ({settings}): {' '.join(str(error).split())}; run it where torch finds such devices, or "
+                    "set --trainer.accelerator cpu; all else is looked at on the CPU",
+                )
+            )
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+        return _writing_nothing(super().instantiate_trainer(**options | here))
+
+
+def _writing_nothing(trainer: Trainer) -> Trainer:
+    """Without the command's own callbacks, for which the run's folder would be claimed."""
+    own = "lightning_fdfo.callbacks."
+    trainer.callbacks = [one for one in trainer.callbacks if not type(one).__module__.startswith(own)]  # type: ignore[attr-defined]
+    return trainer
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -83,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.` is deprecated")  # Lightning's own
     cli = DoctorCLI(arguments, examination)
-    findings = list(before_loading(cli.model, cli.datamodule, cli.trainer, cli.callbacks))
+    findings = cli.faults + list(before_loading(cli.model, cli.datamodule, cli.trainer, cli.callbacks))
     if all(finding.well for finding in findings):
         try:
             cli.trainer.fit(cli.model, cli.datamodule)
@@ -119,6 +142,7 @@ def before_loading(
     yield _tried(
         module.flow.check, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
     )
+    yield from _fits(module)
     yield _tried(module.fetch_weights, f"the weights of {', '.join(module.rewards.terms)} are here")
     if module.embedder is not None:
         yield _tried(module.embedder.fetch, f"the weights of {module.evaluation.diversity}, for diversity, are here")
@@ -128,6 +152,16 @@ def before_loading(
         yield Finding(True, str(module.plan))
     except ConfigurationError as error:
         yield Finding(False, str(error))
+    if module.updates_per_epoch == 1:
+        yield Finding(True, "objective.clip_range has no effect with updates_per_epoch 1: a first update's ratio is 1")
+
+
+def _fits(module: FDFOModule) -> Iterator[Finding]:
+    """What `fit` refuses, or warns of, for a model's positions, a LoRA's rank and the memory here."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield _tried(partial(module.check_fits, "fit"), "sizes and counts fit the model, and the memory here")
+    yield from (Finding(False, str(warning.message)) for warning in told if warning.category is UserWarning)
 
 
 def _tried(function: Callable[[], Any], text: str) -> Finding:

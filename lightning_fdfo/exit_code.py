@@ -6,9 +6,11 @@ that imports a heavy library registers that library's errors by itself, so that 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from functools import singledispatch
+from importlib.metadata import requires
 from typing import NamedTuple, NoReturn, TypeVar
 
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
@@ -58,6 +60,17 @@ def _reward(error: RewardError) -> Told:
 @told.register
 def _divergence(error: DivergenceError) -> Told:
     return Told(one_line(error), code=1, by_all=True)  # one device's images alone may not be finite
+
+
+@told.register
+def _not_installed(error: ModuleNotFoundError) -> Told | None:
+    """A dependency of ours that is missing; another module's import that fails may be a plugin's, or a bug."""
+    missing = (error.name or "").partition(".")[0]
+    package = {"PIL": "pillow", "yaml": "pyyaml"}.get(missing, missing.replace("_", "-"))
+    needed = {re.split(r"[^\w.-]", line)[0] for line in requires("lightning-fdfo") or () if "extra ==" not in line}
+    if package not in needed:
+        return None
+    return Told(f"error: {package} is not installed, and lightning-fdfo needs it: pip install {package}")
 
 
 def one_line(error: object) -> str:

@@ -94,6 +94,16 @@ class FlowModel(nn.Module, ABC):
     def check(self) -> None:
         """Raises ConfigurationError if `load()` cannot work, as far as can be known without loading."""
 
+    def outline(self) -> nn.Module | None:
+        """The transformer without its weights, on the meta device, where it can be had before `load`.
+
+        If there is one, `latent_shape` works before `load`, too: what cannot fit is refused before anything is loaded.
+
+        Raises:
+            ConfigurationError: its description cannot be had.
+        """
+        return None
+
     @abstractmethod
     def load(self) -> None:
         """Loads weights, frozen and in eval mode; a second call does nothing."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Trainer
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows.registry import HUB_NAME
+from lightning_fdfo.hub import HUB_NAME
 from lightning_fdfo.lora_contents import check_lora_file
 from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.weights import Weights

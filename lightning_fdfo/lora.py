@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,6 +66,69 @@ class LoRA:
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
+def target_layers(transformer: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that a LoRA binds, by name.
+
+    Args:
+        transformer: a model, which may be on the meta device.
+        targets: names, or ends of names, of linear layers.
+
+    Raises:
+        ConfigurationError: a target matches no linear layer.
+
+    Example:
+        >>> list(target_layers(nn.ModuleDict({"to_q": nn.Linear(2, 3), "to_k": nn.Linear(2, 3)}), ["to_q"]))
+        ['to_q']
+    """
+    linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    bound = {name: module for name, module in linear.items() if any(ends_in(name, target) for target in targets)}
+    for target in targets:
+        if not any(ends_in(name, target) for name in linear):
+            endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name not in bound})
+            raise ConfigurationError(
+                f"LoRA target {target!r} matches no linear layer of {type(transformer).__name__}; "
+                f"layers not bound so far end in: {', '.join(endings)}"
+            )
+    return bound
+
+
+def lora_numel(transformer: nn.Module, lora: LoRA, targets: Sequence[str]) -> int:
+    """Weights that a LoRA trains: rank * (inputs + outputs) of each layer, and with DoRA its outputs.
+
+    Example:
+        >>> lora_numel(nn.ModuleDict({"to_q": nn.Linear(2, 3)}), LoRA(rank=2, dora=True), ["to_q"])
+        13
+    """
+    layers = target_layers(transformer, targets).values()
+    return sum(lora.rank * (one.in_features + one.out_features) + lora.dora * one.out_features for one in layers)
+
+
+def check_rank(transformer: nn.Module, lora: LoRA, targets: Sequence[str]) -> None:
+    """Refuses a rank above the width of every layer, which no change of weights has; warns if it is some layers'.
+
+    Raises:
+        ConfigurationError: the rank is above all widths, or a target matches no linear layer.
+
+    Example:
+        >>> check_rank(nn.ModuleDict({"to_q": nn.Linear(2, 3)}), LoRA(rank=2), ["to_q"])
+    """
+    layers = target_layers(transformer, targets)
+    widths = {name: min(one.in_features, one.out_features) for name, one in layers.items()}
+    narrow = [name for name, width in widths.items() if width < lora.rank]
+    largest = max(widths.values())
+    if len(narrow) == len(widths):
+        raise ConfigurationError(
+            f"lora.rank: expected at most {largest}, the smaller side of the largest layer that it binds, got "
+            f"{lora.rank}: a change of such a layer has no higher rank; for all of it train without a LoRA (lora: null)"
+        )
+    if narrow:
+        warnings.warn(
+            f"lora.rank={lora.rank} is above the smaller side of {len(narrow)} of {len(widths)} layers that it binds "
+            f"({narrow[0]}: {widths[narrow[0]]}): there it takes memory, and can do no more",
+            stacklevel=2,
+        )
+
+
 def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -> list[str]:
     """Adds a LoRA to a diffusers transformer and makes it the only thing that trains, in float32 and in eval mode.
 
@@ -80,15 +144,7 @@ def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -
     Raises:
         ConfigurationError: a target matches no linear layer.
     """
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    bound = [name for name in linear if any(ends_in(name, target) for target in targets)]
-    for target in targets:
-        if not any(ends_in(name, target) for name in linear):
-            endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name not in bound})
-            raise ConfigurationError(
-                f"LoRA target {target!r} matches no linear layer of {type(transformer).__name__}; "
-                f"layers not bound so far end in: {', '.join(endings)}"
-            )
+    bound = list(target_layers(transformer, targets))
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -64,8 +64,8 @@ def activation_bytes(
         checkpointing: whether gradient checkpointing is on.
 
     Example:
-        >>> human(activation_bytes(24, 8, 1357, 1536)), human(activation_bytes(24, 8, 1357, 1536, checkpointing=False))
-        ('1.8 GiB', '25.3 GiB')
+        >>> human(activation_bytes(24, 8, 1229, 1536)), human(activation_bytes(24, 8, 1229, 1536, checkpointing=False))
+        ('1.6 GiB', '23.0 GiB')
     """
     kept = num_blocks + VALUES_A_BLOCK if checkpointing else num_blocks * VALUES_A_BLOCK
     return kept * points * tokens * width * bytes_per_value
@@ -83,8 +83,8 @@ def rollout_bytes(pairs: int, num_steps: int, latent_numel: int, conditioning_by
         conditioning_bytes: of one prompt's conditioning, which both branches share.
 
     Example:
-        >>> human(rollout_bytes(pairs=54, num_steps=40, latent_numel=16 * 64 * 64, conditioning_bytes=2_732_032))
-        '2.3 GiB'
+        >>> human(rollout_bytes(pairs=54, num_steps=40, latent_numel=16 * 64 * 64, conditioning_bytes=1_683_456))
+        '2.2 GiB'
     """
     latents_and_velocities = 2 * pairs * (2 * num_steps + 1) * latent_numel * FLOAT32
     return latents_and_velocities + pairs * conditioning_bytes

@@ -47,6 +47,7 @@ from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
+from lightning_fdfo.training.capacity import check_capacity
 from lightning_fdfo.training.finite_weights import FiniteWeights, advice
 from lightning_fdfo.training.guards import missing_guards
 from lightning_fdfo.training.learning_guard import LearningGuard, check_trainable
@@ -65,7 +66,8 @@ class Objective:
     """Settings of the objective.
 
     Args:
-        clip_range: > 0; how far a ratio may leave 1 before it is pulled back.
+        clip_range: > 0; how far a ratio may leave 1 before it is pulled back. With `updates_per_epoch: 1` it has no
+            effect: the ratio of an epoch's first update is 1, but for rounding and a LoRA's dropout.
         normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
         kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
 
@@ -95,7 +97,7 @@ class FDFOModule(LightningModule):
         rewards: a mixture, see `RewardMix`.
         sampling: how images are painted.
         num_pairs: pairs an epoch, over all devices.
-        updates_per_epoch: optimiser steps an epoch.
+        updates_per_epoch: optimiser steps an epoch; with 1, `objective.clip_range` has no effect.
         num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
         batch_size: points a forward, on each device; sets memory only.
         objective: settings of the loss.
@@ -208,7 +210,12 @@ class FDFOModule(LightningModule):
         Raises:
             ConfigurationError: see `trainer_guard`, before any hook of theirs.
         """
-        guard(self.trainer, self.plan if self._command == TrainerFn.FITTING else None)
+        try:
+            plan = self.plan if self._command == TrainerFn.FITTING else None
+        except ConfigurationError:
+            self.check_fits("fit")  # that a number is far too large comes before what it would have to divide by
+            raise
+        guard(self.trainer, plan)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         kinds = (RunOwner, FiniteWeights, ResumedSettings, LearningGuard)
         return [*(kind() for kind in kinds if kind not in present), *missing_guards(self.trainer)]
@@ -216,6 +223,8 @@ class FDFOModule(LightningModule):
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
         with suppress(ConfigurationError):
+            self.flow.check()
+            self.flow.outline()  # a model that cannot be had: no need to fetch gigabytes for its rewards
             self.fetch_weights()
 
     def fetch_weights(self) -> None:
@@ -249,6 +258,7 @@ class FDFOModule(LightningModule):
             self.flow.check_lora(Path(self.lora.init_lora))
         if self.lora_file is not None:
             self.flow.check_lora(self.lora_file)
+        self.check_fits(stage)
         if stage == "test" and self.embedder is not None:
             images = getattr(self.trainer.datamodule, "images_per_prompt", None)  # type: ignore[attr-defined]
             if images == 1:
@@ -265,6 +275,15 @@ class FDFOModule(LightningModule):
             num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
             try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
             rank_zero_info(str(plan))
+
+    def check_fits(self, stage: str) -> None:
+        """Raises ConfigurationError for sizes, ranks and counts that the model or the memory here cannot take.
+
+        Before the model is loaded, if the flow has an outline of it; else once it is.
+        """
+        transformer = getattr(self.flow, "transformer", None) or self.flow.outline()
+        if transformer is not None and not has_lora(transformer):
+            check_capacity(self, transformer, fit=stage == "fit")
 
     @property
     def plan(self) -> BatchPlan:
@@ -309,8 +328,10 @@ class FDFOModule(LightningModule):
             self._base = BaseWeights(self.flow.transformer)
 
     def _load(self) -> None:
+        known = self.flow.outline() is not None
         self.flow.load()
-        self.flow.latent_shape(self.sampling.height, self.sampling.width)
+        if not known:
+            self.check_fits("fit" if self._command == TrainerFn.FITTING else "")
         if self.flow.guidance == "none" and self.sampling.guidance_scale != 1.0:
             raise ConfigurationError(
                 f"sampling.guidance_scale: expected 1, got {self.sampling.guidance_scale}: this model has no guidance"

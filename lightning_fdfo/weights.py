@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.hub import HUB_NAME, download
 
 MODEL_FILES = ("*.json", "model*.safetensors")
 """What transformers needs of a model's repository; pickled duplicates of the weights stay where they are."""
@@ -23,8 +23,6 @@ OPTIONAL_FILES = ("*.txt", "*.jinja")
 """What it reads beside them where a repository has them: vocabularies and templates."""
 
 T = TypeVar("T")
-
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Weights:
             return local
         if local.is_dir():
             return self._complete(local, f"{local} must hold it")
-        if not _REPOSITORY.fullmatch(self.source):
+        if not HUB_NAME.fullmatch(self.source):
             what = f"a file, a folder with {self.files[0]}" if self._single else "a folder"
             raise ConfigurationError(f"weights: expected {what} or a hub name owner/name, got {self.source!r}")
         return self._complete(self._snapshot(local_only=False), f"fetch it by: {self.command}")
@@ -97,19 +95,14 @@ class Weights:
         return [*self.files, *(() if self._single else OPTIONAL_FILES)]
 
     def _snapshot(self, local_only: bool) -> Path:
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = snapshot_download(
-                self.source, revision=self.revision, allow_patterns=self._wanted, local_files_only=local_only
-            )
-        except Exception as error:  # no network, no such repository or revision, no access, a proxy's own errors
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigurationError(
-                f"weights {self.source} ({', '.join(self.files)}) are not in the cache and cannot be fetched "
-                f"({reason}); fetch them where there is a network, then copy the cache: {self.command}"
-            ) from error
-        return Path(folder)
+        return download(
+            self.source,
+            self._wanted,
+            what=f"weights {self.source} ({', '.join(self.files)})",
+            command=self.command,
+            revision=self.revision,
+            local_only=local_only,
+        )
 
     def _complete(self, folder: Path, cure: str) -> Path:
         """The folder, or its single file, with every file there and its digest right."""

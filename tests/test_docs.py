@@ -213,7 +213,7 @@ def test_a_configuration_can_name_the_adapter(adapters, tmp_path, monkeypatch):
 def test_the_hooks_are_the_base_classs():
     hooks = re.findall(r"^\| `(\w+)` \|", PAGES["adapters.md"], flags=re.MULTILINE)
     known = set(dir(DiffusersFlow)) | set(DiffusersFlow.__annotations__) | set(FlowModel.__annotations__)
-    assert len(hooks) == 16
+    assert len(hooks) == 18
     assert set(hooks) <= known
 
 

@@ -129,9 +129,9 @@ MODELS = [
         diffusers.AutoencoderKL,
         KL,
         (t5, *clips()),
-        1024 + 333,
+        1024 + 205,
         16 * 64 * 64,
-        (333 * 4096 + 2048) * 2,
+        (205 * 4096 + 2048) * 2,
     ),
     Model(
         "sd35_large",
@@ -146,9 +146,9 @@ MODELS = [
         diffusers.AutoencoderKL,
         KL,
         (t5, *clips()),
-        1024 + 333,
+        1024 + 205,
         16 * 64 * 64,
-        (333 * 4096 + 2048) * 2,
+        (205 * 4096 + 2048) * 2,
     ),
     Model(
         "flux_dev",

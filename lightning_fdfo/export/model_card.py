@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, resolve_pretrained
-from lightning_fdfo.flows.registry import HUB_NAME
+from lightning_fdfo.hub import HUB_NAME
 from lightning_fdfo.report.page import settings_of
 from lightning_fdfo.report.run_files import RunFiles
 from lightning_fdfo.reward_mix import RewardMix

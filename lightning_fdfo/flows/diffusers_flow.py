@@ -10,27 +10,43 @@ How to write an adapter: docs/adapters.md.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_trained, first_not_finite
 from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.flows.model_files import (
+    CONFIGURATION,
+    UNREADABLE,
+    check_complete,
+    check_parts,
+    described,
+    meta_tensors,
+    text_encoders,
+)
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
-from lightning_fdfo.flows.registry import HUB_NAME, Adapter, read_index, resolve_pretrained
+from lightning_fdfo.flows.registry import (
+    Adapter,
+    download_command,
+    is_folder,
+    model_folder,
+    read_index,
+    resolve_pretrained,
+)
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
+from lightning_fdfo.hub import HUB_NAME, is_hubs, out_of_reach
 from lightning_fdfo.lora_file import LORA_FILE, adapter_metadata, sort_metadata
 from lightning_fdfo.lora_folding import folded
 from lightning_fdfo.parallel import is_first_process, whole
@@ -41,8 +57,7 @@ JOINT_ATTENTION = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 """Projections of image and of text tokens, in blocks where both attend to both."""
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, UnpicklingError, SafetensorError)
-"""What diffusers and transformers raise for a folder that is not what its index says."""
+DTYPES = ("float32", "bfloat16", "float16")
 TEXTS_A_SHARD = 32
 """Texts that are encoded, and written to the cache, at once."""
 
@@ -78,6 +93,8 @@ class DiffusersFlow(Adapter, FlowModel):
 
     sequence_length: ClassVar[int]
     """Default of `max_sequence_length`."""
+    sequence_range: ClassVar[tuple[int, int]] = (0, 8192)
+    """Least and largest `max_sequence_length`."""
     block_names: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     """Lists of the transformer's repeated blocks."""
     patch_size: ClassVar[int] = 2
@@ -98,6 +115,8 @@ class DiffusersFlow(Adapter, FlowModel):
     ) -> None:
         super().__init__()
         self.pretrained = resolve_pretrained(pretrained)
+        if dtype not in DTYPES:
+            raise ConfigurationError(f"flow.dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.max_sequence_length = self.sequence_length if max_sequence_length is None else max_sequence_length
         self.gradient_checkpointing = gradient_checkpointing
@@ -175,15 +194,37 @@ class DiffusersFlow(Adapter, FlowModel):
 
     @property
     def pipeline(self) -> Any:
-        """The loaded pipeline; its transformer is this model's own."""
+        """The loaded pipeline, whose transformer is this model's own; before `load`, one without weights."""
+        if "pipeline" not in self._holder:
+            return self._sketch
         return self._holder["pipeline"]
 
+    @cached_property
+    def _sketch(self) -> Any:
+        """The pipeline by its configuration files: transformer and VAE have shapes alone, and there are no encoders."""
+        folder = model_folder(self.pretrained, self.revision, CONFIGURATION)
+        texts = self._parts("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
+        with self._readable():
+            parts = {name: described(self.index, folder, name) for name in ("transformer", "vae")}
+            pipeline = self.pipeline_class.from_pretrained(str(folder), **parts, **dict.fromkeys(texts))
+        self.adapt(pipeline)
+        return pipeline
+
+    def outline(self) -> nn.Module:
+        """The transformer without its weights: reads a folder, or asks the hub for a few small files."""
+        transformer: nn.Module = self.pipeline.transformer
+        return transformer
+
     def check(self) -> None:
-        """Raises ConfigurationError if the folder is not a pipeline of this class; a hub name is not asked for."""
+        """Raises ConfigurationError for a setting that cannot work, or a folder that is not a pipeline of this class.
+
+        A hub name is not asked for.
+        """
+        check_settings(self)
         if self.quantization is not None:
             quantization_config(self.quantization, self.dtype)
-        if Path(self.pretrained).is_dir() or not HUB_NAME.fullmatch(self.pretrained):
-            self.index  # noqa: B018 - it checks
+        if is_folder(self.pretrained) or not HUB_NAME.fullmatch(self.pretrained):
+            check_parts(self.index, Path(self.pretrained))
 
     def load(self) -> None:
         """Loads the pipeline, without text encoders where their outputs are cached."""
@@ -201,6 +242,7 @@ class DiffusersFlow(Adapter, FlowModel):
         if self.vae_tiling:
             pipeline.vae.enable_tiling()
         self._holder["pipeline"] = pipeline
+        self.__dict__.pop("_sketch", None)
         self.transformer = pipeline.transformer
         if self.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
@@ -210,18 +252,22 @@ class DiffusersFlow(Adapter, FlowModel):
 
         Args:
             **parts: those to take instead of the folder's; None leaves one out.
+
+        Raises:
+            ConfigurationError: it cannot be had or read, or its weights lack a tensor.
         """
-        options: dict[str, Any] = {"dtype": self.dtype, **dict.fromkeys(self._absent()), **parts}
+        common: dict[str, Any] = {"dtype": self.dtype}
+        if not is_folder(self.pretrained):
+            common["revision"] = self.revision
+        options: dict[str, Any] = {**common, **dict.fromkeys(self._absent()), **parts}
         if self.quantization is not None and "transformer" not in parts:
             options["quantization_config"] = quantization_config(self.quantization, self.dtype)
-        if not Path(self.pretrained).is_dir():
-            options["revision"] = self.revision
-        try:
+        names = [name for name in self._parts("text_encoder") if name not in options]
+        with self._readable():
+            options |= text_encoders(self.index, self.pretrained, names, **common)
             pipeline = self.pipeline_class.from_pretrained(self.pretrained, **options)
-        except UNREADABLE as error:
-            raise ConfigurationError(
-                f"flow.pretrained: {self.pretrained!r} is no model that can be read, here or on the hub: {error}"
-            ) from error
+        for name in {"transformer", "vae"} - set(parts):
+            check_complete(self.pretrained, name, meta_tensors(getattr(pipeline, name)))
         pipeline.set_progress_bar_config(disable=True)
         self._check_weights(pipeline)
         self.adapt(pipeline)
@@ -237,6 +283,26 @@ class DiffusersFlow(Adapter, FlowModel):
                     f"flow.pretrained: {self.pretrained}, read as {self.dtype}: {part}.{wrong}: the file is damaged "
                     "(fetch it again), or its numbers are beyond the range of flow.dtype (choose another)"
                 )
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turns what a folder or the hub can do to a loader into a ConfigurationError."""
+        try:
+            yield
+        except (ConfigurationError, torch.OutOfMemoryError):
+            raise
+        except UNREADABLE as error:
+            raise ConfigurationError(self._unreadable(error)) from error
+
+    def _unreadable(self, error: Exception) -> str:
+        command = download_command(self.pretrained, self.revision)
+        on_hub = not is_folder(self.pretrained)
+        if on_hub and is_hubs(error):
+            what = f"flow.pretrained: {self.pretrained}: its files"
+            return out_of_reach(error, self.pretrained, self.revision, what=what, command=command)
+        cure = f"fetch it by: {command}" if on_hub else "download or save it again, all of it"
+        why = " ".join(str(error).split()).split(" If you want")[0]  # diffusers' advice to load it nevertheless
+        return f"flow.pretrained: {self.pretrained} is no model that can be read: {why}; {cure}"
 
     def adapt(self, pipeline: Any) -> None:
         """Changes a pipeline that was just loaded, if the adapter needs that; raises if its scheduler is no Euler."""
@@ -348,19 +414,12 @@ class DiffusersFlow(Adapter, FlowModel):
     def _text_pipeline(self) -> Any:
         """One with text encoders on the device, whose transformer and VAE are descriptions without weights."""
         if "text_pipeline" not in self._holder:
-            described = {name: self._described(name) for name in ("transformer", "vae")}
-            pipeline = self.load_pipeline(**described)
+            folder = model_folder(self.pretrained, self.revision, CONFIGURATION)
+            parts = {name: described(self.index, folder, name) for name in ("transformer", "vae")}
+            pipeline = self.load_pipeline(**parts)
             self._move_text_encoders(pipeline, self._device)
             self._holder["text_pipeline"] = pipeline
         return self._holder["text_pipeline"]
-
-    def _described(self, name: str) -> nn.Module:
-        """A part of the pipeline by its configuration, on the meta device."""
-        part = getattr(diffusers, self.index[name][1])
-        config = part.load_config(self.pretrained, subfolder=name, revision=self.revision)
-        with torch.device("meta"):
-            module: nn.Module = part.from_config(config)
-        return module
 
     def _cache(self, negative: bool) -> TextCache:
         kind = self._device.type
@@ -383,11 +442,24 @@ class DiffusersFlow(Adapter, FlowModel):
         """Pixels a token: what height and width must be multiples of."""
         return int(self.pipeline.vae_scale_factor) * self.patch_size
 
+    @property
+    def max_tokens_a_side(self) -> int | None:
+        """Image tokens in a row or column that the transformer has positions for, if there is an end to them."""
+        return None
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(channels, height / f, width / f), where f is the VAE's factor."""
-        factor, multiple = self.pipeline.vae_scale_factor, self.size_multiple
+        """(channels, height / f, width / f), where f is the VAE's factor; before `load`, too."""
+        factor, multiple, most = self.pipeline.vae_scale_factor, self.size_multiple, self.max_tokens_a_side
         if height % multiple or width % multiple:
-            raise ConfigurationError(f"image height and width must be multiples of {multiple}, got {height} x {width}")
+            raise ConfigurationError(
+                f"image height and width must be multiples of {multiple}, got {height} x {width}; "
+                f"nearest: {nearest_multiple(height, multiple)} x {nearest_multiple(width, multiple)}"
+            )
+        if most is not None and max(height, width) > most * multiple:
+            raise ConfigurationError(
+                f"image height and width: expected at most {most * multiple} pixels, for this model has positions for "
+                f"{most} tokens a side, got {height} x {width}"
+            )
         return (self.latent_channels, height // factor, width // factor)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
@@ -483,6 +555,35 @@ class DiffusersFlow(Adapter, FlowModel):
         each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
         own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
         return state, own
+
+
+def check_settings(flow: DiffusersFlow) -> None:
+    """Raises ConfigurationError for a setting out of its range; warns of those without an effect."""
+    choices = {"text_encoders": get_args(TextEncoders), "quantization": (None, *get_args(Quantization))}
+    for name, expected in choices.items():
+        if (given := getattr(flow, name)) not in expected:
+            raise ConfigurationError(f"flow.{name}: expected one of {', '.join(map(str, expected))}, got {given!r}")
+    length, (least, largest) = flow.max_sequence_length, flow.sequence_range
+    if not least <= length <= largest:
+        raise ConfigurationError(
+            f"flow.max_sequence_length: {type(flow).__name__} expected {least} to {largest} tokens, got {length}; "
+            f"null takes {flow.sequence_length}"
+        )
+    if flow.revision is not None and is_folder(flow.pretrained):
+        warnings.warn(
+            f"flow.revision: {flow.revision} has no effect: {flow.pretrained} is a folder, not a model on the hub",
+            stacklevel=2,
+        )
+
+
+def nearest_multiple(size: int, multiple: int) -> int:
+    """Of what a size must be a multiple of, the nearest one, at least one.
+
+    Example:
+        >>> nearest_multiple(500, 16), nearest_multiple(3, 16)
+        (496, 16)
+    """
+    return max(1, round(size / multiple)) * multiple
 
 
 def _source(function: Any) -> str:

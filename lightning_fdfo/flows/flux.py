@@ -23,6 +23,7 @@ class Flux(DiffusersFlow):
 
     pipeline_classes = ("FluxPipeline",)
     sequence_length = 512
+    sequence_range = (1, 512)
     block_names = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = JOINT_ATTENTION
 

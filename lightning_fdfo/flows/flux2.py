@@ -26,6 +26,7 @@ class Flux2(DiffusersFlow):
 
     pipeline_classes = ("Flux2KleinPipeline", "Flux2Pipeline")
     sequence_length = 512
+    sequence_range = (1, 8192)
     block_names = ("transformer_blocks", "single_transformer_blocks")
     patch_size = 1
     lora_targets = (*JOINT_ATTENTION, "attn.to_qkv_mlp_proj", "attn.to_out")

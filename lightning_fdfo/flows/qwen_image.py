@@ -23,6 +23,7 @@ class QwenImage(DiffusersFlow):
 
     pipeline_classes = ("QwenImagePipeline",)
     sequence_length = 512
+    sequence_range = (1, 1024)
     lora_targets = JOINT_ATTENTION
 
     @property

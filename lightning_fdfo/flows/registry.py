@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-import diffusers
-
 from lightning_fdfo.errors import ConfigurationError
-
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+from lightning_fdfo.hub import HUB_NAME, download
 
 
 class Adapter:
@@ -79,22 +76,54 @@ def read_index(pretrained: str, revision: str | None) -> dict[str, Any]:
     Raises:
         ConfigurationError: it cannot be had, or is no pipeline's.
     """
-    folder = Path(pretrained)
-    if not folder.is_dir() and not HUB_NAME.fullmatch(pretrained):
-        raise ConfigurationError(
-            f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
-            f"'owner/model', got {pretrained!r}, which is none of these"
-        )
+    folder = model_folder(pretrained, revision, ["model_index.json"])
     try:
-        if folder.is_dir():
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        else:
-            index = diffusers.DiffusionPipeline.load_config(pretrained, revision=revision)
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"flow.pretrained: {pretrained!r} is no diffusers pipeline, here or on the hub: "
-            f"cannot read model_index.json ({error})"
+            f"flow.pretrained: {pretrained} is no diffusers pipeline: cannot read its model_index.json ({error}); "
+            "name the folder that DiffusionPipeline.save_pretrained has written, or download the model again"
         ) from error
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ConfigurationError(f"flow.pretrained: {pretrained}/model_index.json names no pipeline class")
     return index
+
+
+def model_folder(pretrained: str, revision: str | None, files: Sequence[str]) -> Path:
+    """A folder that holds some of a model's files: its own, or the hub's cache, into which they are fetched.
+
+    Args:
+        pretrained: a folder or a hub name.
+        revision: branch, tag or commit on the hub.
+        files: names or patterns; what a repository lacks of them is not there.
+
+    Raises:
+        ConfigurationError: neither a folder nor a hub name, or they cannot be fetched.
+    """
+    if is_folder(pretrained):
+        return Path(pretrained)
+    if not HUB_NAME.fullmatch(pretrained):
+        raise ConfigurationError(
+            f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
+            f"'owner/model', got {pretrained!r}, which is none of these"
+        )
+    what = f"flow.pretrained: {pretrained}: its files"
+    return download(pretrained, files, what=what, command=download_command(pretrained, revision), revision=revision)
+
+
+def is_folder(pretrained: str) -> bool:
+    """Whether it is a folder, also one that may not be looked into."""
+    try:
+        return Path(pretrained).is_dir()
+    except OSError:
+        return True
+
+
+def download_command(pretrained: str, revision: str | None) -> str:
+    """What fetches a model into the hub's cache.
+
+    Example:
+        >>> download_command("owner/name", "v2")
+        'hf download owner/name --revision v2'
+    """
+    return f"hf download {pretrained}" + (f" --revision {revision}" if revision else "")

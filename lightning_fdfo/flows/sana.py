@@ -26,6 +26,7 @@ class Sana(DiffusersFlow):
 
     pipeline_classes = ("SanaPipeline",)
     sequence_length = 300
+    sequence_range = (1, 8192)
     patch_size = 1
     lora_targets = (
         "attn1.to_q",

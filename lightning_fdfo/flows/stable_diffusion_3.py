@@ -30,6 +30,7 @@ class StableDiffusion3(DiffusersFlow):
 
     pipeline_classes = ("StableDiffusion3Pipeline",)
     sequence_length = 256
+    sequence_range = (0, 512)
     lora_targets = JOINT_ATTENTION
 
     def encode_texts(self, pipeline: Any, texts: list[str], device: torch.device, negative: bool) -> Mapping[str, Any]:
@@ -43,6 +44,11 @@ class StableDiffusion3(DiffusersFlow):
             device=device,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    @property
+    def max_tokens_a_side(self) -> int | None:
+        """Side of the table of positions."""
+        return int(self.pipeline.transformer.config.pos_embed_max_size)
 
     def grid(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
         """A number of steps, and the shift of a scheduler that has a dynamic one."""

@@ -24,6 +24,7 @@ class ZImage(DiffusersFlow):
 
     pipeline_classes = ("ZImagePipeline",)
     sequence_length = 512
+    sequence_range = (1, 8192)
     block_names = ("noise_refiner", "context_refiner", "layers")
     lora_targets = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
@@ -46,6 +47,11 @@ class ZImage(DiffusersFlow):
             "prompt_embeds": pad_sequence(embeds, batch_first=True),
             "prompt_embeds_mask": pad_sequence(masks, batch_first=True),
         }
+
+    @property
+    def max_tokens_a_side(self) -> int | None:
+        """Of the tables of positions of rows and columns, the shorter one."""
+        return int(min(self.pipeline.transformer.config.axes_lens[1:]))
 
     def predict(self, latents: Tensor, sigma: Tensor, tensors: Mapping[str, Tensor], guidance_scale: float) -> Tensor:
         """The transformer's time runs from noise to image, at 1 - sigma, and so does its velocity: minus ours.

@@ -13,7 +13,7 @@ from lightning_fdfo.flows import DiffusersFlow, Flux
 from lightning_fdfo.lora import LoRA
 from lightning_fdfo.testing import check_flow_model
 from lightning_fdfo.testing.flow_checks import randomise
-from tests.flows.tiny_models import check_cached_texts, effects, random_weights
+from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
 from tests.flows.tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
 NUM_TOKENS = 48
@@ -146,3 +146,8 @@ def test_a_lora_file_with_alphas_of_its_own_does_what_it_does_in_diffusers(folde
         ours.disable_adapters()
         start.transformer = ours
         assert (start.velocity(latents, sigma, conditioning, 3.5) - expected).abs().max() > 1e-2
+
+
+def test_what_is_known_before_it_is_loaded(folder, tmp_path):
+    check_outline(Flux(str(folder)), (32, 48))
+    check_missing_tensor(Flux, folder, tmp_path / "copy")

@@ -17,7 +17,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.flux2 import Flux2
 from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer
-from tests.flows.tiny_models import check_cached_texts, effects, random_weights
+from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
 
 GUIDANCE = {"klein-base": "classifier-free", "klein": "none", "dev": "embedded"}
 NUM_TOKENS = 48
@@ -160,3 +160,8 @@ def test_in_bfloat16_the_velocity_is_float32(folder):
 
 def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
     check_cached_texts(adapter, folder, SIZE, tmp_path / "texts", monkeypatch)
+
+
+def test_what_is_known_before_it_is_loaded(folder, tmp_path):
+    check_outline(adapter(str(folder)), SIZE)
+    check_missing_tensor(adapter, folder, tmp_path / "copy")

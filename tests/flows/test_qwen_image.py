@@ -19,7 +19,7 @@ from lightning_fdfo.flows.qwen_image import QwenImage
 from lightning_fdfo.lora import LoRA
 from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer
-from tests.flows.tiny_models import check_cached_texts, effects, random_weights
+from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
 
 NUM_TOKENS = 48
 """Fewer than the longest prompt has, more than the others have."""
@@ -167,3 +167,8 @@ def test_sizes_that_do_not_fit_are_refused(loaded):
 def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
     adapter = partial(QwenImage, max_sequence_length=NUM_TOKENS)
     check_cached_texts(adapter, folder, SIZE, tmp_path / "texts", monkeypatch)
+
+
+def test_what_is_known_before_it_is_loaded(folder, tmp_path):
+    check_outline(QwenImage(str(folder)), SIZE)
+    check_missing_tensor(QwenImage, folder, tmp_path / "copy")

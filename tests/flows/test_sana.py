@@ -17,7 +17,7 @@ from transformers import Gemma2Config, Gemma2Model
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.sana import Sana
 from lightning_fdfo.testing import check_flow_model
-from tests.flows.tiny_models import check_cached_texts, effects, random_weights
+from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
 from tests.flows.tiny_tokenizers import WORDS, gemma_tokenizer
 
 NUM_TOKENS = 32
@@ -133,3 +133,8 @@ def test_a_latent_pixel_is_a_token(loaded):
 def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
     adapter = partial(Sana, max_sequence_length=NUM_TOKENS)
     check_cached_texts(adapter, folder, SIZE, tmp_path / "texts", monkeypatch)
+
+
+def test_what_is_known_before_it_is_loaded(folder, tmp_path):
+    check_outline(Sana(str(folder)), SIZE)
+    check_missing_tensor(Sana, folder, tmp_path / "copy")

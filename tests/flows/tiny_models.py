@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.testing.flow_checks import NEGATIVES, PROMPTS, Subject
 
@@ -54,6 +59,35 @@ def effects(flow: DiffusersFlow, size: tuple[int, int]) -> dict[str, float]:
         "column": velocity(latents.roll(token, 3)).roll(-token, 3),
     }
     return {name: ((other - usual).norm() / usual.norm()).item() for name, other in others.items()}
+
+
+def check_outline(flow: DiffusersFlow, size: tuple[int, int]) -> None:
+    """What a flow says before it is loaded is what it says after; weights that lack a tensor are told by its name."""
+    outline = flow.outline()
+    shapes = {name: parameter.shape for name, parameter in outline.named_parameters()}
+    said = (flow.latent_shape(*size), flow.guidance, flow.size_multiple, flow.sigmas(3, *size).tolist())
+    with pytest.raises(ConfigurationError, match=f"must be multiples of {flow.size_multiple}, .* nearest: "):
+        flow.latent_shape(size[0] + 1, size[1])
+    if flow.max_tokens_a_side is not None:
+        with pytest.raises(ConfigurationError, match=r"has positions for \d+ tokens a side"):
+            flow.latent_shape(size[0], flow.size_multiple * (flow.max_tokens_a_side + 1))
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert not hasattr(flow, "transformer")
+    flow.load()
+    assert {name: parameter.shape for name, parameter in flow.transformer.named_parameters()} == shapes
+    assert (flow.latent_shape(*size), flow.guidance, flow.size_multiple, flow.sigmas(3, *size).tolist()) == said
+
+
+def check_missing_tensor(adapter: Callable[..., DiffusersFlow], folder: Path, copy: Path) -> None:
+    """A tensor that the transformer's weights lack is told by its name."""
+    shutil.copytree(folder, copy)
+    (file,) = (copy / "transformer").glob("*.safetensors")
+    state = load_file(file)
+    name = min(state)
+    del state[name]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=rf"transformer: its weights lack a tensor: {re.escape(name)};"):
+        adapter(str(copy)).load()
 
 
 def check_cached_texts(
