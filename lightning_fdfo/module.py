@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,7 +23,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from tqdm import tqdm
 
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, optimizer_tensors
@@ -45,6 +45,7 @@ from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.ranges import check_number
 from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
+from lightning_fdfo.rollout_bar import rollout_bar
 from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
 from lightning_fdfo.routing import check_route, is_for, routes
 from lightning_fdfo.training.capacity import check_capacity
@@ -408,7 +409,7 @@ class FDFOModule(LightningModule):
             rank=self.trainer.global_rank,
             chunk_size=self.sampling.rollout_batch_size,
             epoch=lambda: self.current_epoch,
-            track=self._track,
+            track=partial(rollout_bar, self.trainer),
         )
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
@@ -468,11 +469,6 @@ class FDFOModule(LightningModule):
         """The sum over devices, on the CPU."""
         reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
         return reduced
-
-    def _track(self, chunks: Sequence[range]) -> Iterator[range]:
-        bar = self.trainer.progress_bar_callback
-        hidden = not getattr(bar, "is_enabled", False) or not self.trainer.is_global_zero
-        yield from tqdm(chunks, desc="Rollout", unit="chunk", leave=False, disable=hidden, dynamic_ncols=True)
 
     # Training
 
