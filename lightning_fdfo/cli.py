@@ -8,33 +8,34 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-import transformers
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_fdfo import exit_code
+from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
+from lightning_fdfo.console import quiet_libraries
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.kept_arguments import changed_classes
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.relative_paths import resolve_paths
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
 from lightning_fdfo.training.optimizer_settings import given_on_command_line
 from lightning_fdfo.training.resumed_settings import check_optimizer
@@ -50,10 +51,15 @@ RECORD = "config.yaml"
 
 
 class FDFOArgumentParser(LightningArgumentParser):
-    """Says an error in one line, and bounds what a configuration file unfolds to."""
+    """Says an error in one line, bounds what a configuration file unfolds to, and knows which files it has read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config_files: list[Path] = []
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parses a configuration file that is text, and of a size that can be."""
+        self.config_files.append(Path(cfg_path))
         try:
             _check_yaml(Path(cfg_path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -178,7 +184,7 @@ class FDFOCLI(LightningCLI):
         parser.set_defaults({"model.flow": {"class_path": "lightning_fdfo.flows.DiffusersFlow"}})
 
     def before_instantiate_classes(self) -> None:
-        """Finds what `--ckpt_path` names.
+        """Finds what `--ckpt_path` names, and relative paths.
 
         A job that SLURM has queued anew goes on with its run, by the command that it was started with.
 
@@ -186,6 +192,10 @@ class FDFOCLI(LightningCLI):
             ConfigurationError: there is no such thing.
         """
         config = self.config.get(str(self.subcommand), self.config)
+        parsers = [self.parser, *self._subcommand_parsers.values()] if self.subcommand else [self.parser]
+        resolve_paths(
+            config, [file for parser in parsers for file in getattr(parser, "config_files", [])], self.subcommand
+        )
         ckpt_path = config.get("ckpt_path")
         self.lora_file = None
         if self.subcommand in JUDGING:
@@ -264,7 +274,7 @@ class FDFOCLI(LightningCLI):
         self.trainer.predict(**options | {"return_predictions": False})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds atomic checkpoints, and Lightning's plain progress bar, unless the configuration has its own."""
+        """Adds atomic checkpoints, and a progress bar over epochs, unless the configuration has its own."""
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         plugins = as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -276,7 +286,7 @@ class FDFOCLI(LightningCLI):
             writers["fit"].append(LastCheckpoint())
         self.trainer_defaults["callbacks"] = [SLURMRequeue(), *writers.get(str(self.subcommand), [])]
         if trainer.get("enable_progress_bar") is not False and not has_bar:
-            self.trainer_defaults["callbacks"].append(TQDMProgressBar())
+            self.trainer_defaults["callbacks"].append(EpochProgress())
         if self.subcommand in ("test", "predict"):  # they write folders of their own, and nothing into a run's logs
             kwargs["logger"] = False
         return super().instantiate_trainer(plugins=plugins, **kwargs)
@@ -298,8 +308,7 @@ def main(run: Callable[[], Any] = FDFOCLI) -> Any:
     Returns:
         What it gives.
     """
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning and torch, about them
+    quiet_libraries()
     import lightning_fdfo.flows  # noqa: F401 - so that a configuration can name an adapter by its class alone
 
     return exit_code.run(run)

@@ -26,6 +26,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightning_fdfo.batching import BatchPlan
 from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, optimizer_tensors
+from lightning_fdfo.console import describe_model, describe_rewards
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
 from lightning_fdfo.evaluation.base_weights import BaseWeights, has_lora
@@ -275,7 +276,9 @@ class FDFOModule(LightningModule):
             self.trainer.accumulate_grad_batches = derived
             num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
             try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
-            rank_zero_info(str(plan))
+            rank_zero_info(describe_rewards(self.rewards.terms, {} if self.metrics is None else self.metrics.terms))
+            rank_zero_info(f"Plan: {plan}")
+            rank_zero_info(f"Folder: {self.trainer.default_root_dir}")
 
     def check_fits(self, stage: str) -> None:
         """Raises ConfigurationError for sizes, ranks and counts that the model or the memory here cannot take.
@@ -330,6 +333,7 @@ class FDFOModule(LightningModule):
 
     def _load(self) -> None:
         known = self.flow.outline() is not None
+        rank_zero_info(describe_model(self.flow))
         self.flow.load()
         if not known:
             self.check_fits("fit" if self._command == TrainerFn.FITTING else "")

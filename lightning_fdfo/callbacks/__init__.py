@@ -3,6 +3,7 @@
 from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.curves import Curves
 from lightning_fdfo.callbacks.ema import EMA
+from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.lora_export import LoRAExport
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
@@ -17,6 +18,7 @@ __all__ = [
     "Band",
     "BeforeAfter",
     "Curves",
+    "EpochProgress",
     "ImageWriter",
     "LoRAExport",
     "MetricsWriter",

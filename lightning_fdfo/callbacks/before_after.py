@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,15 +97,17 @@ class BeforeAfter(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the table and writes `before_after.json`."""
-        if not (self.before and self.after):
-            return
+        """Prints the table, writes `before_after.json`, and says where everything is."""
+        folder = run_folder(trainer)
+        if self.before and self.after:
+            self._compare(folder)
+        print(f"Done: pictures, curves and checkpoints are in {folder}")
+
+    def _compare(self, folder: Path) -> None:
         table = Table("", "before", f"after epoch {self.after_epoch}", "change", title="Fixed validation prompts")
         for name, before in self.before.items():
             after = self.after[name]
             table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
         Console().print(table)
         summary = {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
-        folder = run_folder(trainer)
         write_text(folder / "before_after.json", json.dumps(summary, indent=2) + "\n")
-        print(f"Pictures, curve and LoRA are in {folder}")

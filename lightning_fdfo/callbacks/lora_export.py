@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import atomic_path
 from lightning_fdfo.finite import check_trained
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.parallel import is_first_process
@@ -57,5 +58,6 @@ def _write_lora(pl_module: LightningModule, folder: Path) -> None:
     pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
     if is_first_process():
         for file in partial.iterdir():
-            file.replace(folder / file.name)
+            with atomic_path(folder / file.name) as target:  # its mode follows the umask, safetensors' own does not
+                file.replace(target)
         partial.rmdir()

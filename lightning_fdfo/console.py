@@ -1,0 +1,80 @@
+"""What a run prints before its first number: a line a thing that matters, and nothing of the libraries below."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_fdfo.reward_term import RewardTerm
+
+NOISE = re.compile(
+    r"💡 Tip|(GPU|TPU) available: False|Seed set to|`Trainer.fit` stopped: `max_epochs|Restoring states from"
+)
+"""Beginnings of Lightning's lines that say what the configuration says, or nothing of this run, or advertise."""
+IRRELEVANT = (
+    "Checkpoint directory .* exists and is not empty",  # that it goes on in a run's folder is meant
+    "Experiment logs directory .* exists and is not empty",
+    ".*does not have many workers.*",  # prompts are a list
+)
+"""Of Lightning's warnings."""
+
+
+def quiet_libraries() -> None:
+    """Takes the libraries' loading bars and hints from the console; warnings and errors stay.
+
+    Progress of downloads stays where standard error is a terminal: it can take minutes.
+    """
+    import diffusers
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(matters)
+    for message in IRRELEVANT:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning and torch, about them
+
+
+def matters(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is worth a line on the console: a filter for its loggers."""
+    return NOISE.match(record.getMessage()) is None
+
+
+def describe_model(flow: object) -> str:
+    """One line on a base model, known before it is loaded.
+
+    Example:
+        >>> from lightning_fdfo.flows import StableDiffusion3
+        >>> describe_model(StableDiffusion3("tiny-digits", max_sequence_length=0))
+        'Model: tiny-digits (StableDiffusion3)'
+    """
+    pretrained, kind = getattr(flow, "pretrained", None), type(flow).__name__
+    if pretrained is None:
+        return f"Model: {kind}"
+    return f"Model: {Path(pretrained).name if Path(pretrained).is_dir() else pretrained} ({kind})"
+
+
+def describe_rewards(terms: Mapping[str, RewardTerm], metrics: Mapping[str, RewardTerm]) -> str:
+    """One line on a mixture and on what validation scores beside it.
+
+    Example:
+        >>> from lightning_fdfo.reward_term import parse_terms
+        >>> describe_rewards(parse_terms({"OCR": 1.0, "JPEGSize": {"reward": "JPEGSize", "weight": 0}}), {})
+        'Rewards: 1 OCR + 0 JPEGSize'
+    """
+    weights = [f"{_weight(term.weight)} {name}" for name, term in terms.items()]
+    beside = f"; in validation also {', '.join(metrics)}" if metrics else ""
+    return f"Rewards: {' + '.join(weights)}{beside}"
+
+
+def _weight(weight: object) -> str:
+    return f"{weight:g}" if isinstance(weight, int | float) else "scheduled"
