@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, render, save_image
 from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
@@ -84,23 +86,44 @@ def reward_curve(history: History) -> Figure:
 
 
 def curves(history: History, columns: int = 5) -> Figure:
-    """A little plot a number, in the order of `PANELS`, a row or more each."""
-    panels = {title: [name for name in history if re.fullmatch(names, name)] for title, names in PANELS.items()}
-    rows = [(title, names[i : i + columns]) for title, names in panels.items() for i in range(0, len(names), columns)]
-    figure = Figure(figsize=(2.6 * columns, 1.9 * max(len(rows), 1)), layout="constrained")
-    grid = figure.subplots(max(len(rows), 1), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for (title, names), line in zip(rows, grid, strict=False):
-        for name, axes in zip(names, line, strict=False):
-            _plot(axes, history[name], re.sub(PANELS[title], r"\1", name))
-        line[0].set_ylabel(title)
+    """A little plot a number, in the order of `PANELS`, row after row; a panel's first plot names it."""
+    plots = []
+    for title, names in PANELS.items():
+        found = [name for name in history if re.fullmatch(names, name)]
+        plots += [(name, re.sub(names, r"\1", name), title if name == found[0] else "") for name in found]
+    rows = max(1, -(-len(plots) // columns))
+    height = 1.9 * rows
+    figure = Figure(figsize=(2.6 * columns, height))
+    # Margins in inches: a layout engine draws all text twice, which takes longer than the rest.
+    grid = figure.add_gridspec(
+        rows, columns, left=0.05, right=0.99, bottom=0.25 / height, top=1 - 0.25 / height, hspace=0.36, wspace=0.4
+    )
+    for place, (name, label, title) in enumerate(plots):
+        axes = figure.add_subplot(grid[divmod(place, columns)])
+        _plot(axes, history[name], label)
+        axes.set_ylabel(title, fontsize=9, fontweight="bold")
     return figure
 
 
 def _plot(axes: Axes, points: Sequence[tuple[int, float]], title: str) -> None:
-    axes.set_visible(True)
     axes.plot(*zip(*points, strict=True), "-" if len(points) > 30 else ".-", linewidth=1, markersize=4)
+    plain_axes(axes, [value for _, value in points])
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
+
+
+def plain_axes(axes: Axes, values: Sequence[float]) -> None:
+    """Four ticks or fewer, of full numbers; what is constant but for rounding is a flat line.
+
+    Args:
+        axes: of a little plot over epochs.
+        values: drawn in it.
+    """
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    finite = [value for value in values if math.isfinite(value)]
+    if finite and max(finite) - min(finite) <= 1e-6 * max(map(abs, finite)):
+        half = abs(finite[0]) / 2 or 1.0
+        axes.set_ylim(finite[0] - half, finite[0] + half)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -76,9 +76,10 @@ def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None =
 
 def render(figure: Figure) -> Image.Image:
     """A figure as a picture."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=120, format="png")
-    return Image.open(file).convert("RGB")
+    figure.set_dpi(120)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def log_image(trainer: Trainer, key: str, image: Image.Image, step: int) -> None:

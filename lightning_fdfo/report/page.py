@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import spearmanr
 
-from lightning_fdfo.callbacks.curves import PANELS, History
+from lightning_fdfo.callbacks.curves import PANELS, History, plain_axes
 from lightning_fdfo.report.run_files import RunFiles
 
 MAX_PICTURES = 40
@@ -172,8 +172,7 @@ def plot(points: list[tuple[int, float]]) -> Markup:
     axes.plot(
         *zip(*points, strict=True), "-" if len(points) > 30 else ".-", linewidth=1.2, markersize=4, color="#2166ac"
     )
-    if np.ptp([value for _, value in points]) < 1e-6 * abs(points[0][1]):  # no digits of rounding
-        axes.set_ylim(points[0][1] - 1, points[0][1] + 1)
+    plain_axes(axes, [value for _, value in points])
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     file = io.StringIO()

@@ -141,7 +141,7 @@ def test_curves_have_a_plot_a_number(toy_module, fit, tmp_path):
     drawn = Curves()
     fit(toy_module(), 2, callbacks=[drawn])
     figure = curves(drawn.history)
-    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title() for axes in figure.axes]
     assert {"brightness", "saturation", "drift", "grad_norm"} <= set(titles)
     assert len(PANELS) - 1 == sum(bool(axes.get_ylabel()) for axes in figure.axes)  # there was no validation
     assert (tmp_path / "curves.png").exists()
@@ -151,3 +151,14 @@ def test_curves_have_a_plot_a_number(toy_module, fit, tmp_path):
 def test_numbers_below_one_are_refused(build):
     with pytest.raises(ConfigurationError, match="expected numbers of at least 1, got"):
         build()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-3, -250.0])
+def test_a_constant_is_a_flat_line_at_full_numbers(value):
+    points = [(epoch, value * (1 + 1e-7 * (epoch % 2))) for epoch in range(8)]
+    (axes,) = curves({"train/ratio": points}).axes
+    low, high = axes.get_ylim()
+    assert low < value < high
+    assert high - low >= abs(value)
+    axes.figure.draw_without_rendering()
+    assert axes.yaxis.get_offset_text().get_text() == ""
