@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
@@ -77,7 +78,7 @@ def save_image(image: Image.Image, path: Path, texts: Mapping[str, str] | None =
 def render(figure: Figure) -> Image.Image:
     """A figure as a picture."""
     figure.set_dpi(120)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib types it in part
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
