@@ -13,6 +13,7 @@ from lightning_fdfo.reward_term import RewardTerm
 
 NOISE = re.compile(
     r"💡 Tip|(GPU|TPU) available: False|Seed set to|`Trainer.fit` stopped: `max_epochs|Restoring states from"
+    r"|`weights_only` was not set"
 )
 """Beginnings of Lightning's lines that say what the configuration says, or nothing of this run, or advertise."""
 IRRELEVANT = (
