@@ -16,6 +16,13 @@ NOISE = re.compile(
     r"|`weights_only` was not set"
 )
 """Beginnings of Lightning's lines that say what the configuration says, or nothing of this run, or advertise."""
+LOGGERS = (
+    "fabric.utilities.rank_zero",
+    "fabric.utilities.seed",
+    "pytorch.trainer.connectors.checkpoint_connector",
+    "pytorch.utilities.rank_zero",
+)
+"""Of Lightning, that say such lines."""
 IRRELEVANT = (
     "Checkpoint directory .* exists and is not empty",  # that it goes on in a run's folder is meant
     "Experiment logs directory .* exists and is not empty",
@@ -38,7 +45,7 @@ def quiet_libraries() -> None:
         library.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+    for name in LOGGERS:
         logging.getLogger(f"lightning.{name}").addFilter(matters)
     for message in IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
