@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -201,6 +201,14 @@ class FDFOModule(LightningModule):
         check_number("max_dropped", max_dropped, at_least=0, below=1)
         check_number("max_skipped", max_skipped, at_least=0)
         check_number("seed", seed, at_least=0)
+
+    @classmethod
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> NoReturn:
+        """Raises ConfigurationError: a checkpoint holds what trains, and no settings to build a module of."""
+        raise ConfigurationError(
+            "FDFOModule.load_from_checkpoint: a checkpoint holds what trains and no settings: build the module, and "
+            "give the file to trainer.fit, validate, test or predict as ckpt_path"
+        )
 
     # Set-up: first all that needs no weights, then the model
 

@@ -486,3 +486,8 @@ def test_a_checkpoint_whose_weights_are_not_what_it_says_is_refused(toy_module, 
     torch.save(saved, path)
     with pytest.raises(ConfigurationError, match=r"weights differ in name or shape.*it has nothing"):
         fit(toy_module(), 2, ckpt_path=str(path))
+
+
+def test_load_from_checkpoint_says_what_to_do_instead():
+    with pytest.raises(ConfigurationError, match="build the module, and give the file"):
+        FDFOModule.load_from_checkpoint("last.ckpt")
