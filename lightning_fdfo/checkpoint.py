@@ -156,6 +156,19 @@ def _refused(file: Path, reason: str) -> ConfigurationError:
     return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {cure}")
 
 
+def check_whole(checkpoint: Mapping[str, Any], path: object) -> None:
+    """Raises ConfigurationError for a checkpoint from which no run can go on: it holds weights and no optimiser.
+
+    Example:
+        >>> check_whole({"state_dict": {}, "optimizer_states": []}, "a.ckpt")
+    """
+    if "optimizer_states" not in checkpoint:
+        raise ConfigurationError(
+            f"checkpoint {path} holds weights only, as save_weights_only writes them, and fit cannot go on from it; "
+            "validate, test and predict take it, and a new run begins with a LoRA's file by --model.lora.init_lora"
+        )
+
+
 def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Compares settings without which a checkpoint's weights mean something else.
 

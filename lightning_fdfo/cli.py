@@ -16,18 +16,21 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_fdfo import exit_code
+from lightning_fdfo.building import Builder, check_names, check_seed, left_out, refusal
 from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
 from lightning_fdfo.callbacks.run_folder import is_inside, run_folder
 from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
-from lightning_fdfo.checkpoint import AtomicCheckpointIO
+from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_whole
 from lightning_fdfo.console import quiet_libraries
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
@@ -35,6 +38,8 @@ from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.kept_arguments import changed_classes
 from lightning_fdfo.mixture_arguments import with_changes
 from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.parallel import check_strategy
+from lightning_fdfo.parse_errors import explain
 from lightning_fdfo.relative_paths import resolve_paths
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
 from lightning_fdfo.training.optimizer_settings import given_on_command_line
@@ -70,7 +75,13 @@ class FDFOArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with 2; a settings object's own words take the place of the parser's."""
-        exit_code.end(exit_code.Told(exit_code.one_line(_own_words(ex) or message)))
+        exit_code.end(exit_code.Told(exit_code.one_line(_own_words(ex) or explain(self, message))))
+
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Builds what a configuration names; what a class refuses is one line."""
+        builder = Builder(cfg.as_dict())
+        with builder.told():
+            return self.instantiate(cfg, instantiators=[(builder, object, True)], **kwargs)
 
 
 class RunRecord(SaveConfigCallback):
@@ -89,6 +100,7 @@ class RunRecord(SaveConfigCallback):
         if file:
             checkpoint = _read(trainer, Path(file))
             if stage == "fit" and checkpoint is not None:
+                check_whole(checkpoint, file)
                 check_optimizer(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,6 +170,7 @@ class FDFOCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))  # a Timer's
         strict = {"allow_abbrev": False, "parser_mode": "omegaconf+"}
         super().__init__(
             FDFOModule,
@@ -225,6 +238,8 @@ class FDFOCLI(LightningCLI):
             super().parse_arguments(parser, args)
         else:
             self.config = parser.parse_args(whole)
+        command = self.config.get("subcommand")
+        check_seed((self.config[command] if command else self.config).seed_everything)
         self._say_what_is_kept(given)
 
     def _say_what_is_kept(self, words: Sequence[str]) -> None:
@@ -276,20 +291,34 @@ class FDFOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds atomic checkpoints, and a progress bar over epochs, unless the configuration has its own."""
         trainer = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        kwargs |= left_out(trainer)
+        trainer |= kwargs
         plugins = as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         has_bar = any(isinstance(callback, ProgressBar) for callback in as_list(trainer.get("callbacks")))
         writers: dict[str, list[Callback]] = {"test": [MetricsWriter()], "predict": [ImageWriter()]}
         writers["fit"] = [StopOnSignal(resuming_command(sys.argv[0], sys.argv[1:]))]
-        if trainer.get("enable_checkpointing") is not False:
+        if trainer.get("enable_checkpointing") is not False and not trainer.get("barebones"):
             writers["fit"].append(LastCheckpoint())
         self.trainer_defaults["callbacks"] = [SLURMRequeue(), *writers.get(str(self.subcommand), [])]
-        if trainer.get("enable_progress_bar") is not False and not has_bar:
+        if trainer.get("enable_progress_bar") is not False and not trainer.get("barebones") and not has_bar:
             self.trainer_defaults["callbacks"].append(EpochProgress())
         if self.subcommand in ("test", "predict"):  # they write folders of their own, and nothing into a run's logs
             kwargs["logger"] = False
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        check_names(as_list(trainer.get("callbacks")))
+        try:
+            built = super().instantiate_trainer(plugins=plugins, **kwargs)
+        except Exception as error:  # whatever Lightning, or a strategy that it loads, has against the settings
+            raise refusal(error, trainer) from error
+        check_strategy(built.strategy)  # before it starts processes
+        return built
+
+
+@exit_code.told.register
+def _misconfiguration(error: MisconfigurationException) -> exit_code.Told:
+    """Lightning's own word for what the user can mend."""
+    return exit_code.Told(exit_code.one_line(error))
 
 
 def _own_words(error: BaseException | None) -> ConfigurationError | None:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
@@ -67,18 +66,18 @@ class DoctorCLI(FDFOCLI):
         """The configuration's device, strategy and precision; nothing that writes, and no epoch."""
         self.callbacks = as_list(self._get(self.config_init, "trainer", default={}).get("callbacks"))
         silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        silent["enable_model_summary"] = False
+        silent |= {"enable_model_summary": False, "barebones": False}
         options: dict[str, Any] = {**kwargs, **silent, "callbacks": [self.examination]}
         options |= {"max_epochs": 0, "max_steps": -1, "num_sanity_val_steps": 0}
         try:
             return _writing_nothing(super().instantiate_trainer(**options))
-        except MisconfigurationException as error:  # such as for a GPU that is not there
+        except ConfigurationError as error:  # such as for a GPU that is not there
             asked = self._get(self.config_init, "trainer", default={})
             settings = ", ".join(f"{name} {asked.get(name)}" for name in ("accelerator", "devices", "strategy"))
             self.faults.append(
                 Finding(
                     False,
-                    f"trainer ({settings}): {' '.join(str(error).split())}; run it where torch finds such devices, or "
+                    f"trainer ({settings}): {' '.join(str(error).removeprefix('trainer: ').split())}; run it where torch finds such devices, or "
                     "set --trainer.accelerator cpu; all else is looked at on the CPU",
                 )
             )

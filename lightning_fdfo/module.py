@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, optimizer_tensors
+from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, check_whole, optimizer_tensors
 from lightning_fdfo.console import describe_model, describe_rewards
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
@@ -218,7 +218,7 @@ class FDFOModule(LightningModule):
         Refuses callbacks and settings that would change an update, before any hook of theirs.
 
         Raises:
-            ConfigurationError: see `trainer_guard`, before any hook of theirs.
+            ConfigurationError: see `trainer_guard`; or an optimiser or scheduler that cannot work.
         """
         try:
             plan = self.plan if self._command == TrainerFn.FITTING else None
@@ -226,6 +226,9 @@ class FDFOModule(LightningModule):
             self.check_fits("fit")  # that a number is far too large comes before what it would have to divide by
             raise
         guard(self.trainer, plan)
+        if plan is not None:
+            num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
+            try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         kinds = (RunOwner, FiniteWeights, ResumedSettings, LearningGuard)
         return [*(kind() for kind in kinds if kind not in present), *missing_guards(self.trainer)]
@@ -282,8 +285,6 @@ class FDFOModule(LightningModule):
                     f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {derived})"
                 )
             self.trainer.accumulate_grad_batches = derived
-            num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
-            try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
             rank_zero_info(describe_rewards(self.rewards.terms, {} if self.metrics is None else self.metrics.terms))
             rank_zero_info(f"Plan: {plan}")
             rank_zero_info(f"Folder: {self.trainer.default_root_dir}")
@@ -725,6 +726,8 @@ class FDFOModule(LightningModule):
         settings = self._identity()
         if not self.trainer.training:
             settings.pop("seed")  # judging weights with other latents is fine, going on with others is not
+        else:
+            check_whole(checkpoint, self.trainer.ckpt_path)
         check_settings(checkpoint.get("fdfo", {}), settings)
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
         check_weights(checkpoint.get("shapes", {}), self._shapes())
