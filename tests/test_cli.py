@@ -203,9 +203,9 @@ def files(tmp_path):
         ("--model.flow.init_args.pretrained={tmp}/folder", r"is no diffusers pipeline"),
         ("--model.flow.init_args.pretrained=tiny-digit", r"'tiny-digit', which is none of these"),
         ("--model.lora.targets=[attn.to_w]", r"'attn.to_w' matches no linear layer"),
-        ("--model.lora.rank=0", r"rank >= 1"),
+        ("--model.lora.rank=0", r"rank: expected .* at least 1"),
         ("--model.lora=null", r"leave it out for full fine-tuning"),
-        ("--model.sampling.churn=-1", r"churn: expected >= 0"),
+        ("--model.sampling.churn=-1", r"churn: expected .* at least 0"),
         ("--model.rewards={{JPEGSize: .nan}}", r"rewards.JPEGSize: expected a weight"),
         (
             "--model.rewards={{a: {{reward: {{class_path: JPEGSize, init_args: {{quality: high}}}}}}}}",
