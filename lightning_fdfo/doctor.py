@@ -72,12 +72,13 @@ class DoctorCLI(FDFOCLI):
         try:
             return _writing_nothing(super().instantiate_trainer(**options))
         except ConfigurationError as error:  # such as for a GPU that is not there
+            problem = " ".join(str(error).removeprefix("trainer: ").split())
             asked = self._get(self.config_init, "trainer", default={})
             settings = ", ".join(f"{name} {asked.get(name)}" for name in ("accelerator", "devices", "strategy"))
             self.faults.append(
                 Finding(
                     False,
-                    f"trainer ({settings}): {' '.join(str(error).removeprefix('trainer: ').split())}; run it where torch finds such devices, or "
+                    f"trainer ({settings}): {problem}; run it where torch finds such devices, or "
                     "set --trainer.accelerator cpu; all else is looked at on the CPU",
                 )
             )
