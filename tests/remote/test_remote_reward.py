@@ -132,7 +132,9 @@ def test_the_reward_there_checks_prompts(serve):
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"a": (1, 2)}, {"a": float("nan")}, {1: 2}, {"a": {1, 2}}, {"a": object()}], ids=repr
+    "metadata",
+    [{"a": (1, 2)}, {"a": float("nan")}, {1: 2}, {"a": {1, 2}}, {"a": object()}],
+    ids=["tuple", "nan", "number as key", "set", "object"],
 )
 def test_metadata_that_json_cannot_hold(metadata, serve):
     with pytest.raises(ConfigurationError, match="the prompt cannot be scored"):
