@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path
 from lightning_fdfo.finite import first_not_finite
+from lightning_fdfo.lora_file import LORA_FILE
 from lightning_fdfo.memory import human
 
 LIGHTNINGS = {"state_dict": dict, "pytorch-lightning_version": str}
@@ -73,6 +74,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ConfigurationError: it is missing, damaged or no checkpoint, or holds what only its own code could load.
         """
         file = Path(path)
+        if file.suffix == ".safetensors" or (file / LORA_FILE).is_file():
+            lora = file if file.suffix else file / LORA_FILE
+            raise ConfigurationError(
+                f'{file} is a LoRA, no checkpoint: set a new module\'s lora_file to Path("{lora}") to validate, test '
+                "or predict with it, or give LoRA(init_lora=...) to train on from it"
+            )
         try:
             _check_archive(file)
             checkpoint: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)

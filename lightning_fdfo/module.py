@@ -53,6 +53,13 @@ from lightning_fdfo.training.capacity import check_capacity
 from lightning_fdfo.training.finite_weights import FiniteWeights, advice
 from lightning_fdfo.training.guards import missing_guards
 from lightning_fdfo.training.learning_guard import LearningGuard, check_trainable
+from lightning_fdfo.training.module_guard import (
+    COMPILED,
+    check_flow_is_new,
+    check_module,
+    read_safely,
+    say_where_it_begins,
+)
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
 from lightning_fdfo.training.resumed_settings import ResumedSettings
 from lightning_fdfo.training.run_owner import RunOwner
@@ -174,6 +181,8 @@ class FDFOModule(LightningModule):
         """What the last `test` has computed."""
         self.strict_loading = False  # a checkpoint holds what trains; check_weights is strict about that
         self._on_device: torch.device | None = None
+        self._model_is_ready = False
+        self._adopted: Path | None = None  # the LoRA file that it was loaded with
         self._texts: list[Prompt] = []
         self._dropouts: list[nn.Module] = []
         self._rollout_metrics: dict[str, float] = {}
@@ -184,6 +193,8 @@ class FDFOModule(LightningModule):
         """Optimiser steps of this `fit`, with those that were skipped because their gradient was not finite."""
         self.num_skipped = 0
         self._skipped_in_a_row = 0
+        self.has_trained = False
+        """Whether an earlier `fit`, or a checkpoint, has left its weights here."""
         self._training_started = 0.0
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
@@ -210,6 +221,10 @@ class FDFOModule(LightningModule):
             "give the file to trainer.fit, validate, test or predict as ckpt_path"
         )
 
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises ConfigurationError: it would have no effect, for the Trainer calls the steps and never the module."""
+        raise ConfigurationError(COMPILED)
+
     # Set-up: first all that needs no weights, then the model
 
     def configure_callbacks(self) -> list[Callback]:
@@ -218,8 +233,10 @@ class FDFOModule(LightningModule):
         Refuses callbacks and settings that would change an update, before any hook of theirs.
 
         Raises:
-            ConfigurationError: see `trainer_guard`; or an optimiser or scheduler that cannot work.
+            ConfigurationError: see `module_guard` and `trainer_guard`; or an optimiser or scheduler that cannot work.
         """
+        check_module(self)
+        read_safely(self.trainer)
         try:
             plan = self.plan if self._command == TrainerFn.FITTING else None
         except ConfigurationError:
@@ -269,6 +286,11 @@ class FDFOModule(LightningModule):
         if self.lora is not None and self.lora.init_lora is not None:
             check_lora_file(Path(self.lora.init_lora), "lora.init_lora")
             self.flow.check_lora(Path(self.lora.init_lora))
+        if self._model_is_ready and self.lora_file != self._adopted:
+            raise ConfigurationError(
+                "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
+                "a new module"
+            )
         if self.lora_file is not None:
             self.flow.check_lora(self.lora_file)
         self.check_fits(stage)
@@ -329,8 +351,9 @@ class FDFOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the model and makes its LoRA, or the whole transformer, trainable; a second call does nothing."""
-        if hasattr(self.flow, "transformer"):
+        if self._model_is_ready:
             return
+        check_flow_is_new(self.flow)
         # Lightning's default device here is the accelerator: what is drawn at random would not be the CPU's.
         with torch.device("cpu"):
             self._cache_texts()
@@ -339,6 +362,7 @@ class FDFOModule(LightningModule):
             shard(self.flow, self.device_mesh)
         if self._command == TrainerFn.TESTING and self.evaluation.base:
             self._base = BaseWeights(self.flow.transformer)
+        self._model_is_ready, self._adopted = True, self.lora_file
 
     def _load(self) -> None:
         known = self.flow.outline() is not None
@@ -390,8 +414,13 @@ class FDFOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Puts text encoders, VAE and rewards on the device."""
+        self.has_trained = self.has_trained or self.num_updates > 0
         self.num_updates = self.num_skipped = self._skipped_in_a_row = 0
         self.place()
+
+    def on_train_start(self) -> None:
+        """Says so if the run begins from trained weights."""
+        say_where_it_begins(self)
 
     def on_validation_start(self) -> None:
         """The same, for `validate` alone."""
@@ -729,6 +758,7 @@ class FDFOModule(LightningModule):
         else:
             check_whole(checkpoint, self.trainer.ckpt_path)
         check_settings(checkpoint.get("fdfo", {}), settings)
+        self.has_trained = True
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
         check_weights(checkpoint.get("shapes", {}), self._shapes())
         if "state_dict" in checkpoint:  # where weights are sharded, the strategy has loaded it already

@@ -52,6 +52,14 @@ def test_a_healthy_run(toy_module, prompts_file, tmp_path):
     assert "estimated memory" in text
 
 
+@pytest.mark.parametrize(("updates", "said"), [(1, 1), (2, 0)])
+def test_a_clip_range_without_effect_is_named(toy_module, prompts_file, tmp_path, updates, said):
+    findings = examined(toy_module(updates_per_epoch=updates), prompts_file, tmp_path)
+    sentence = "objective.clip_range has no effect with updates_per_epoch 1: a first update's ratio is 1"
+    assert [finding.text for finding in findings].count(sentence) == said
+    assert faults(findings) == []  # it is no fault
+
+
 def test_nothing_is_left_behind(toy_module, prompts_file, tmp_path):
     module = toy_module()
     before = sorted(tmp_path.iterdir())

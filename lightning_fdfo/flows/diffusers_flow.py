@@ -9,6 +9,7 @@ How to write an adapter: docs/adapters.md.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -209,6 +210,21 @@ class DiffusersFlow(Adapter, FlowModel):
             pipeline = self.pipeline_class.from_pretrained(str(folder), **parts, **dict.fromkeys(texts))
         self.adapt(pipeline)
         return pipeline
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle`; raises ConfigurationError once the model is loaded: text encoders have hooks that cannot be."""
+        if "pipeline" in self._holder:
+            raise ConfigurationError(
+                f"{type(self).__name__} is loaded, and a loaded model cannot be pickled: pickle it before, save what "
+                "trains by trainer.save_checkpoint or flow.save_lora, or copy it by copy.deepcopy"
+            )
+        return {name: value for name, value in self.__dict__.items() if name != "_sketch"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiffusersFlow:
+        twin: DiffusersFlow = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
 
     def outline(self) -> nn.Module:
         """The transformer without its weights: reads a folder, or asks the hub for a few small files."""

@@ -76,6 +76,10 @@ class Client:
         self._http = httpx.Client(base_url=url, timeout=limits, trust_env=not direct)
         weakref.finalize(self, self._http.close)
 
+    def __reduce__(self) -> tuple[type[Client], tuple[str, float, int, float]]:
+        """A copy has connections of its own."""
+        return Client, (self.url, self.timeout, self.attempts, self.backoff)
+
     def ask(self, method: str, path: str, body: bytes = b"") -> Answer:
         """One call, tried again while that may help; raises RemoteError after the last attempt."""
         wait = tenacity.wait_exponential(multiplier=self.backoff, max=MAX_BACKOFF)

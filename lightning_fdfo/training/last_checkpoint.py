@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 
 FOLDER = "checkpoints"
@@ -43,12 +41,10 @@ class LastCheckpoint(Checkpoint):
         """Epochs that the file holds."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes writing atomic, and settles who writes last.ckpt."""
+        """Settles who writes last.ckpt."""
         if stage != "fit":
             return
         self.dirpath = str(last_file(trainer.default_root_dir).parent)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 _settle(callback, trainer)

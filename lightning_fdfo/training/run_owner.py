@@ -96,7 +96,10 @@ class RunOwner(Callback):
         """Raises ConfigurationError, and lets the folder go, if it holds a run that is not gone on with."""
         if (folder / MARK).exists() and not goes_on and self._begun != folder:
             self.release()
-            raise ConfigurationError(f"{folder} holds a run already: go on with it by --ckpt_path last, or {CURE}")
+            raise ConfigurationError(
+                f"{folder} holds a run already: go on with it by --ckpt_path last (in Python by "
+                f'ckpt_path="{folder}/checkpoints/last.ckpt"), or {CURE}'
+            )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `begin`."""

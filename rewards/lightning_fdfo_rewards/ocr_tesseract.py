@@ -45,6 +45,7 @@ class Tesseract:
     """Tesseract with the data of some languages; may be called from any thread."""
 
     def __init__(self, languages: tuple[str, ...]) -> None:
+        self._languages = languages
         self._module = import_tesserocr()
         folder = find_data(languages)
         try:
@@ -53,6 +54,10 @@ class Tesseract:
             raise ConfigurationError(f"OCR: tesseract cannot load {languages} from {folder}: {error}") from error
         self._api.SetVariable("debug_file", os.devnull)  # it writes to the terminal of blank images
         self._reading = threading.Lock()  # one image at a time is in its memory
+
+    def __reduce__(self) -> tuple[type[Tesseract], tuple[tuple[str, ...]]]:
+        """A copy has a memory of its own."""
+        return Tesseract, (self._languages,)
 
     def read(self, image: Tensor, detect: bool) -> str:
         """The text in an image.
