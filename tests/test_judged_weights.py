@@ -9,7 +9,6 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from PIL.ImageChops import difference
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lightning_fdfo import LoRA
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows import StableDiffusion3
+from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.judged_weights import find_lora
 from lightning_fdfo.lora_contents import lora_in_file
 from lightning_fdfo.weights import Weights
@@ -156,7 +155,7 @@ def files(run, tmp_path):
         ("{tmp}/foreign.ckpt", r"checkpoint .*foreign\.ckpt cannot be loaded: it is no Lightning checkpoint"),
         ("{tmp}/empty", r"empty holds no pytorch_lora_weights\.safetensors"),
         ("{run}", r"did you mean .*run/lora/pytorch_lora_weights\.safetensors or .*run/checkpoints/last\.ckpt\?"),
-        ("last", r"--ckpt_path last: no callback .* has written a last\.ckpt for .*elsewhere"),
+        ("last", r"--ckpt_path last: .*elsewhere holds no checkpoint"),
         ("owner/lora", r"owner/lora is no file or folder here; on the hub, .*hf download owner/lora pytorch_lora_w"),
     ],
 )
@@ -167,7 +166,7 @@ def test_what_is_not_there_or_broken_is_told_before_a_model_loads(
     def load(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", load)
+    monkeypatch.setattr(DiffusersFlow, "load_pipeline", load)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     arguments = [f"--ckpt_path={path.format(tmp=files, run=run)}", f"--trainer.default_root_dir={files}/elsewhere"]
     with pytest.raises(SystemExit) as stop:

@@ -25,6 +25,8 @@ def without(monkeypatch):
 
         for name in [*sys.modules]:
             if name in importers:
+                package_name, _, attribute = name.rpartition(".")
+                monkeypatch.delattr(sys.modules[package_name], attribute, raising=False)  # `from … import` looks there
                 monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr(builtins, "__import__", refuse)
 

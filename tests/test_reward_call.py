@@ -68,6 +68,7 @@ def test_what_a_reward_writes_into_changes_nothing_for_others(routed):
     assert torch.equal(scores["last"][:count].float(), brightness(IMAGES, [], [])[:count])
 
 
+@pytest.mark.filterwarnings("ignore:reward first. 16 of 16 pairs score alike")  # it is a vandal
 def test_the_next_epoch_sees_the_same_prompts(toy_module, fit, tmp_path):
     rows = '{"prompt": "a cat", "text": "427", "colours": ["red", {"deep": 1}]}\n'
     (tmp_path / "train.jsonl").write_text(rows)
@@ -129,6 +130,7 @@ def test_differences_of_float32_scores_are_float32s_own_to_the_bit():
     assert torch.equal(score_differences(scores.double()), half_differences(scores))
 
 
+@pytest.mark.filterwarnings("ignore:no pair of any epoch had a difference")  # no callback is shown the rollout
 def test_scores_cross_devices_without_float64(toy_module, fit):
     """What is summed over devices are whole numbers, which every accelerator has."""
     module = toy_module(rewards={"r": RewardTerm(lambda images, *_: 1e8 + images.mean(dim=(1, 2, 3)).double())})

@@ -63,7 +63,12 @@ def text_encoders(
             continue
         kind = getattr(transformers, class_name)
         module, found = kind.from_pretrained(
-            pretrained, subfolder=name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            pretrained,
+            subfolder=name,
+            trust_remote_code=False,  # left out, transformers would ask on the terminal
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
         check_complete(pretrained, name, [key for key in found["missing_keys"] if "lm_head" not in key])
         for key, given, expected in sorted(found["mismatched_keys"]):

@@ -126,6 +126,7 @@ def test_a_resumed_run_writes_the_same_tables(run, tmp_path):
     assert len(list(resumed.iterdir())) == 3  # no file of another name is left
 
 
+@pytest.mark.filterwarnings("ignore:.* pairs score alike", "ignore:none of the 16 pairs", "ignore:no pair of any")
 def test_no_difference_no_shares(run, tmp_path):
     run(1, "run", rewards={"flat": RewardTerm(lambda images, *_: torch.ones(len(images))), "light": RewardTerm(
         brightness, 0), "red": RewardTerm(redness, 0), "fragile": RewardTerm(redness, 0)})  # fmt: skip
