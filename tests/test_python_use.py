@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_fdfo import FDFOModule, LoRA, PromptDataModule, Sampling
+from lightning_fdfo import FDFOModule, LoRA, PromptDataModule, Sampling, console
 from lightning_fdfo.checkpoint import AtomicCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3
@@ -73,6 +73,14 @@ def test_validate_after_fit_judges_the_trained_weights(toy_module, data, tmp_pat
     assert scores(toy_module(), data, tmp_path, ckpt_path=tmp_path / "checkpoints/last.ckpt") == [trained]
 
 
+@pytest.fixture
+def outspoken():
+    """Lightning as plain Python hears it, also after a command of this process has quieted it."""
+    for name in console.LOGGERS:
+        logging.getLogger(f"lightning.{name}").removeFilter(console.matters)
+
+
+@pytest.mark.usefixtures("outspoken")
 def test_another_fit_of_a_module_begins_from_its_weights_and_says_so(toy_module, data, tmp_path, caplog):
     module = toy_module()
     caplog.set_level(logging.INFO, "lightning.pytorch")
