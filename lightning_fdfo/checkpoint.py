@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
@@ -53,8 +52,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_path(target) as partial, partial.open("wb") as file:
                 torch.save(checkpoint, file)
-            with suppress(OSError):  # not every file system can
-                _sync_folder(target.parent)
         except (OSError, RuntimeError, ConfigurationError) as error:
             reason = _writing_problem(error)
             if reason is None:
@@ -126,15 +123,6 @@ def _free(folder: Path) -> str:
     with suppress(OSError):
         return human(shutil.disk_usage(folder).free)
     return "unknown"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_archive(file: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_fdfo.errors import ConfigurationError
@@ -52,6 +52,8 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         _follow_umask(partial)
         _sync(partial)
         partial.replace(target)
+        with suppress(OSError):  # not every file system can; the rename then lasts through a power failure, too
+            _sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -114,9 +116,9 @@ def _follow_umask(path: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _sync(file: Path) -> None:
-    """Makes a file's data last through a power failure."""
-    descriptor = os.open(file, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Makes a file's data, or a folder's names, last through a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
