@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None takes the process's.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if os.getcwd() not in sys.path and not sys.flags.safe_path:  # as `python -m`: a reward's module may lie here
-        sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path and not sys.flags.safe_path:  # a reward's module may lie here,
+        sys.path.append(os.getcwd())  # and must not take a library's place
     if not words or words[0] in ("-h", "--help"):
         print(overview(), file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)

@@ -267,13 +267,14 @@ class FDFOCLI(LightningCLI):
         self.model.resume_overrides = self.resume_overrides
 
     def before_fit(self) -> None:
-        """Claims the run's folder: before loggers, which write first, begin."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            owner, folder = RunOwner(), Path(self.trainer.default_root_dir)
+        """Claims the run's folder before loggers, which write first, begin; with several processes they agree first."""
+        owner, folder = RunOwner(), Path(self.trainer.default_root_dir)
+        given, found = (self._get(config, "ckpt_path") for config in (self.config, self.config_init))
+        owner.begins_anew = given == "last" and found is None
+        self.trainer.callbacks.append(owner)  # type: ignore[attr-defined]
+        if self.trainer.world_size == 1 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             owner.claim(folder)
-            owner.goes_on = self._get(self.config, "ckpt_path") is not None
-            owner.check_new(folder, owner.goes_on)
-            self.trainer.callbacks.append(owner)  # type: ignore[attr-defined]
+            owner.check_new(folder, found)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; ctrl-C and SIGTERM end it without a traceback."""

@@ -26,10 +26,8 @@ class LastCheckpoint(Checkpoint):
     rollout is gone.
 
     Lightning's `ModelCheckpoint(save_top_k=0, save_last=True)` cannot take its place: it writes when `fit` ends. A
-    `save_last` that would write the same file is switched off; one that falls behind is named at the start.
-
-    Raises:
-        ConfigurationError: at set-up, if `fit` would write over another run's last.ckpt.
+    `save_last` that would write the same file is switched off; one that falls behind is named at the start. That no
+    other run's file is written over is RunOwner's matter.
     """
 
     def __init__(self) -> None:
@@ -54,11 +52,6 @@ class LastCheckpoint(Checkpoint):
         file = last_file(trainer.default_root_dir)
         if self.last_model_path or trainer.fast_dev_run:  # type: ignore[attr-defined]  # this trainer's own
             return
-        if trainer.ckpt_path is None and file.exists():
-            raise ConfigurationError(
-                f"{file} is another run's, and this one would write over it: go on with that run by ckpt_path={file}, "
-                "or choose another folder by the trainer's default_root_dir"
-            )
         if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == file.resolve():
             self.last_model_path = self.best_model_path = str(file)
             self.num_epochs = trainer.current_epoch

@@ -1,11 +1,12 @@
 """RunOwner: one run a folder, and one process at a time that writes into it.
 
-The folder is claimed before anything is written. Two files say so: `.lock`, which the operating system holds for the
-process (and lets go when it is killed), and `run.json`, which stays: this folder holds a run.
+The folder is claimed before anything is written. Two files say so: `.lock`, which names the process, and which the
+operating system holds for it (and lets go when it is killed); and `run.json`, which stays: this folder holds a run.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -29,14 +31,18 @@ LOCK = ".lock"
 CURE = "choose another folder by --trainer.default_root_dir FOLDER"
 MARK = "run.json"
 """In each folder that a run has been started in: which process, on which machine, since when."""
+HELD = (MARK, "checkpoints/*.ckpt", "lora/*.safetensors")
+"""Patterns of files that a run leaves, which another one would write over."""
+WRITTEN = ("", "checkpoints", "lora", "lora_raw", "pairs", "samples")
+"""Folders below a run's that it writes into."""
 
 
 class RunOwner(Callback):
     """Claims the run's folder (`default_root_dir`) for a `fit`, and refuses one that is taken.
 
     A folder is taken while another process trains into it, on this machine or on one that shares its disk; and for
-    good once it holds a run, unless the run is gone on with by `ckpt_path`. With `fast_dev_run` nothing is claimed, no
-    checkpoint is written, and what callbacks write goes to a temporary folder (`trial_folder`).
+    good once it holds a run, unless the run is gone on with by a `ckpt_path` inside it. With `fast_dev_run` nothing is
+    claimed, no checkpoint is written, and what callbacks write goes to a temporary folder (`trial_folder`).
 
     `FDFOModule.configure_callbacks` adds it to every trainer. A `fit` without checkpoints, and without a callback that
     writes, claims the folder only if something asks for it by `run_folder`.
@@ -46,8 +52,8 @@ class RunOwner(Callback):
         self._lock: FileLock | None = None
         self._begun: Path | None = None
         """The folder that this trainer has begun a run in: its next `fit` may go on there."""
-        self.goes_on = False
-        """Whether the command goes on with what the folder holds, even if no checkpoint has been written yet."""
+        self.begins_anew = False
+        """Whether the command was asked to go on, and no checkpoint has been written yet."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Claims the folder, if anything will be written; raises ConfigurationError on all processes if it is taken."""
@@ -84,17 +90,30 @@ class RunOwner(Callback):
             raise ConfigurationError(
                 f"{folder}: {_holder(folder)} trains into it: wait for its end, or {CURE}"
             ) from error
-        except OSError as error:
-            raise ConfigurationError(f"{folder} cannot be written: {error.strerror or error}; {CURE}") from error
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigurationError(f"{folder} cannot be written: {reason}; {CURE}") from error
         self._lock = lock
-        for left in [*folder.glob(PARTIALS), *folder.glob(f"*/{PARTIALS}")]:  # of a process that was killed
-            with suppress(OSError):
-                left.unlink()
+        with suppress(OSError):  # a system that locks a file's content has no room for it
+            (folder / LOCK).write_text(_this_process(), encoding="utf-8")
+        for left in (path for below in WRITTEN for path in (folder / below).glob(PARTIALS)):
+            if not _is_being_written(left):
+                left.unlink(missing_ok=True)
         return True
 
-    def check_new(self, folder: Path, goes_on: bool) -> None:
-        """Raises ConfigurationError, and lets the folder go, if it holds a run that is not gone on with."""
-        if (folder / MARK).exists() and not goes_on and self._begun != folder:
+    def check_new(self, folder: Path, ckpt_path: str | Path | None) -> None:
+        """Refuses a folder that holds a run which is not gone on with, and lets it go.
+
+        Args:
+            folder: claimed.
+            ckpt_path: what the run goes on from, if anything; a checkpoint of this folder's own run lies inside it.
+
+        Raises:
+            ConfigurationError: it holds another run.
+        """
+        goes_on = ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+        held = any(path for pattern in HELD for path in folder.glob(pattern))
+        if held and not goes_on and not self.begins_anew and self._begun != folder:
             self.release()
             raise ConfigurationError(
                 f"{folder} holds a run already: go on with it by --ckpt_path last (in Python by "
@@ -118,14 +137,8 @@ class RunOwner(Callback):
         folder = Path(trainer.default_root_dir)
         if self._lock is None or self._begun == folder:
             return
-        self.check_new(folder, self.goes_on or bool(trainer.ckpt_path))
-        facts = {
-            "software": f"lightning-fdfo {version('lightning-fdfo')}",
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_text(folder / MARK, json.dumps(facts, indent=2) + "\n")
+        self.check_new(folder, trainer.ckpt_path)
+        write_text(folder / MARK, _this_process())
         self._begun = folder
 
     def _on_first_process(self, trainer: Trainer, action: Callable[[], object]) -> None:
@@ -154,9 +167,10 @@ class RunOwner(Callback):
             self._lock = None
 
 
+@functools.cache
 def trial_folder() -> Path:
-    """Where a `fast_dev_run` of this process writes."""
-    return Path(tempfile.gettempdir()) / f"lightning-fdfo-fast-dev-run-{os.getpid()}"
+    """Where a `fast_dev_run` of this process writes: a new temporary folder."""
+    return Path(tempfile.mkdtemp(prefix="lightning-fdfo-fast-dev-run-"))
 
 
 def _writes(callback: Callback) -> bool:
@@ -164,9 +178,25 @@ def _writes(callback: Callback) -> bool:
     return isinstance(callback, Checkpoint) or type(callback).__module__.startswith("lightning_fdfo.callbacks.")
 
 
+def _this_process() -> str:
+    facts = {
+        "software": f"lightning-fdfo {version('lightning-fdfo')}",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _is_being_written(partial: Path) -> bool:
+    """Whether the process whose number the file's name ends in is alive, as that of an export may be."""
+    number = partial.name.rpartition("-")[2]
+    return number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number))
+
+
 def _holder(folder: Path) -> str:
-    """The process that holds a folder, as far as its mark says."""
+    """The process that holds a folder, as far as its lock says."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        facts = json.loads((folder / LOCK).read_text(encoding="utf-8"))
         return f"process {facts['pid']} on {facts['host']} (since {facts['started']})"
     return "another process"

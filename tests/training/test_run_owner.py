@@ -36,7 +36,8 @@ def fit_line(folder, *more):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)  # which names who asked last
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,41 @@ def test_another_trainer_is_refused_and_the_same_one_goes_on(fit, toy_module, tm
     assert sum(isinstance(callback, RunOwner) for callback in trainer.callbacks) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_of_another_run_does_not_open_a_folder(fit, toy_module, tmp_path):
+    for name in ("a", "b"):
+        fit(toy_module(), 1, default_root_dir=tmp_path / name, enable_checkpointing=True)
+    before = contents(tmp_path / "b")
+    with pytest.raises(ConfigurationError, match="b holds a run already"):
+        fit(toy_module(), 2, str(tmp_path / "a/checkpoints/last.ckpt"), default_root_dir=tmp_path / "b",
+            enable_checkpointing=True)  # fmt: skip
+    assert contents(tmp_path / "b") == before
+    fit(toy_module(), 2, str(tmp_path / "a/checkpoints/last.ckpt"), default_root_dir=tmp_path / "c",
+        enable_checkpointing=True)  # fmt: skip
+    assert (tmp_path / "c/checkpoints/last.ckpt").exists()
+
+
+@pytest.mark.parametrize("left", ["checkpoints/epoch=9.ckpt", "lora/pytorch_lora_weights.safetensors"])
+def test_what_a_run_has_left_without_a_mark_is_not_written_over(tmp_path, left):
+    (tmp_path / left).parent.mkdir()
+    (tmp_path / left).write_text("")
+    owner = RunOwner()
+    owner.claim(tmp_path)
+    with pytest.raises(ConfigurationError, match="holds a run already"):
+        owner.check_new(tmp_path, None)
+    owner.claim(tmp_path)
+    owner.check_new(tmp_path, tmp_path / "checkpoints/epoch=9.ckpt")
+    owner.release()
+
+
+def test_the_first_process_is_named_before_it_has_begun(tmp_path):
+    owner = RunOwner()
+    owner.claim(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"process {os.getpid()} on .* trains into it"):
+        RunOwner().claim(tmp_path)
+    owner.release()
+
+
 def test_a_callback_of_ours_claims_the_folder_too(fit, toy_module, tmp_path):
     fit(toy_module(), 1, callbacks=[Curves()], default_root_dir=tmp_path / "run")
     with pytest.raises(ConfigurationError, match="holds a run already"):
@@ -134,12 +170,17 @@ def test_a_fit_that_writes_nothing_claims_nothing(fit, toy_module, tmp_path):
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
-    left = [tmp_path / ".a.png.partial-1", tmp_path / "checkpoints" / ".last.ckpt.partial-1"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [tmp_path / f".a.png.partial-{dead.pid}", tmp_path / "checkpoints" / f".last.ckpt.partial-{dead.pid}"]
+    written = tmp_path / f".report.html.partial-{os.getppid()}"  # by a process that is alive
+    written.write_text("half")
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
     owner = RunOwner()
     owner.claim(tmp_path)
     assert not any(path.exists() for path in left)
+    assert written.exists()
     owner.release()
     assert (tmp_path / LOCK).exists()
