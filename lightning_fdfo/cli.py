@@ -45,7 +45,7 @@ from lightning_fdfo.training.last_checkpoint import LastCheckpoint, find_last
 from lightning_fdfo.training.optimizer_settings import given_on_command_line
 from lightning_fdfo.training.resumed_settings import check_optimizer
 from lightning_fdfo.training.run_owner import MARK, RunOwner
-from lightning_fdfo.training.stop import StopOnSignal, ends_at_once, resuming_command
+from lightning_fdfo.training.stop import StopOnSignal, ends_at_once, ends_together, resuming_command
 
 MAX_NODES = 100_000
 """Values in a configuration file, each alias counted as what it stands for."""
@@ -277,8 +277,8 @@ class FDFOCLI(LightningCLI):
             owner.check_new(folder, found)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Runs it; ctrl-C and SIGTERM end it without a traceback."""
-        with ends_at_once(self.trainer):
+        """Runs it; ctrl-C and SIGTERM end it without a traceback, and an error of one process ends all."""
+        with ends_at_once(self.trainer), ends_together(self.trainer):
             super()._run_subcommand(subcommand)
 
     def test(self, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Three exceptions: the user can mend this; a reward failed; training has gone astray."""
+"""Four exceptions: the user can mend this; a reward failed; training has gone astray; a signal ends the process."""
 
 
 class ConfigurationError(ValueError):
@@ -24,4 +24,12 @@ class DivergenceError(RuntimeError):
 
     The message names prompt and step, tensor, or the last checkpoint. On the command line it is printed in one line,
     without a traceback, and the exit code is 1.
+    """
+
+
+class StoppedError(SystemExit):
+    """A signal, or another process's error, ends this one; its reason has been printed, and `code` is the exit code.
+
+    It can rise in the middle of foreign code, a reward's say, and is no fault of that code's: whoever catches
+    BaseException lets it pass.
     """

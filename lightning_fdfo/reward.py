@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, StoppedError
 from lightning_fdfo.reward_signature import check_signature, read_signature
 from lightning_fdfo.weights import Weights
 
@@ -187,7 +187,7 @@ def load_reward(name: str, **init_args: Any) -> Reward:
         return found(**init_args) if isinstance(found, type) else FunctionReward(found, **init_args)
     except ConfigurationError as error:
         raise ConfigurationError(error if isinstance(found, type) else f"reward {name!r}: {error}") from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         said = error if isinstance(error, TypeError | ValueError) else repr(error)
@@ -211,7 +211,7 @@ def load_reward_class(name: str) -> type[Reward] | Scorer:
         else:
             module, _, attribute = name.rpartition(".")
             found = getattr(importlib.import_module(module), attribute)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         origin = f" of {_distribution(entry)}" if entry is not None else ""

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError, RewardError
+from lightning_fdfo.errors import ConfigurationError, RewardError, StoppedError
 from lightning_fdfo.reward import Metadata, Reward
 from lightning_fdfo.reward_origin import check_command, describe
 from lightning_fdfo.reward_waiting import reported
@@ -85,7 +85,7 @@ def own_metadata(metadata: Metadata) -> Metadata:
 def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[None]:
     """Around foreign code: reports long waits, and turns whatever it raises into a RewardError with its name.
 
-    KeyboardInterrupt, and what the user can mend, pass.
+    KeyboardInterrupt, StoppedError, and what the user can mend, pass.
 
     Args:
         name: of the term.
@@ -96,7 +96,7 @@ def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[Non
     try:
         with reported(lambda: f"reward {name!r} ({describe(reward)}): {doing}"):
             yield
-    except (ConfigurationError, RewardError, KeyboardInterrupt):
+    except (ConfigurationError, RewardError, KeyboardInterrupt, StoppedError):
         raise
     except ModuleNotFoundError as error:
         raise ConfigurationError(_missing(name, reward, error)) from error

@@ -19,8 +19,9 @@ class SLURMRequeue(Callback):
     of an epoch no run goes on exactly: its rollout was made with weights that are gone. The last whole epoch is on disk
     already. The job started anew runs the same command, and `lightning-fdfo fit` goes on from there (`is_requeued`).
 
-    SLURM ends the requeued job by SIGTERM, on which `StopOnSignal` stops after the current batch. Outside of SLURM,
-    or with `SLURMEnvironment(auto_requeue=False)`, the callback does nothing. The command line adds it to every run.
+    SLURM ends the requeued job by SIGTERM, on which `StopOnSignal` stops after the current batch or update. Outside of
+    SLURM, or with `SLURMEnvironment(auto_requeue=False)`, the callback does nothing. The command line adds it
+    to every run.
 
     Source: https://slurm.schedmd.com/sbatch.html, `--signal` and `SLURM_RESTART_COUNT`.
     """

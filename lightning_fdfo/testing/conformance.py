@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, StoppedError
 
 Check = tuple[Callable[[Any], str | None], bool]
 """From a sample to what is wrong; and whether the checks after it make no sense if it fails. Its docstring says what it
@@ -32,7 +32,7 @@ def examine(checks: Sequence[Check], sample: Any) -> Iterator[Result]:
         question = question[0].lower() + question[1:]
         try:
             problem = check(sample)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedError):
             raise
         except BaseException as error:  # a plugin is foreign code, which may even exit
             problem = str(error) if isinstance(error, ConfigurationError) else f"it raised {error!r}"

@@ -45,9 +45,9 @@ class LearningGuard(Callback):
                 rank_zero_warn(sentence)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so if no pair of any epoch has trained anything."""
+        """Says so if no pair of this process's epochs has trained anything; those before a resume may have."""
         if not self._trained and cast("FDFOModule", pl_module).judgement is not None:
-            rank_zero_warn("no pair of any epoch had a difference: what trains is as it was at the start")
+            rank_zero_warn("no pair of any epoch of this process had a difference: they taught nothing")
 
 
 def check_trainable(module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""StopOnSignal: ctrl-C and SIGTERM end a run after the current batch, and say how it goes on."""
+"""How a run ends early: by ctrl-C or SIGTERM, after the current batch or update; by an error of one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +15,23 @@ from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from lightning_fdfo.errors import StoppedError
 from lightning_fdfo.training.last_checkpoint import LastCheckpoint
 
 NAMES = {signal.SIGINT: "ctrl-C", signal.SIGTERM: "SIGTERM"}
 """The signals that ask for an end."""
+PATIENCE = 10.0
+"""Seconds in which a process that has failed ends, after the others have lost it."""
 
 
 class StopOnSignal(Callback):
-    """Ends `fit` after the current batch (of a rollout, of training or of a validation) on ctrl-C or SIGTERM.
+    """Ends `fit` after the current batch of a rollout or of a validation, or the current update, on ctrl-C or SIGTERM.
 
     Nothing is written then: from the middle of an epoch no run goes on exactly. One sentence says what
     `LastCheckpoint` has saved and which command goes on; the process exits with 130 for ctrl-C and 143 for SIGTERM. A
-    second ctrl-C ends it at once. On several processes all stop at the same batch, whichever of them was asked.
+    second ctrl-C ends it at once. On several processes all stop at the same place, whichever of them was asked.
 
     It takes the place of Lightning's own handlers, which end with exit code 0 or 1 and do not look between the batches
     of a rollout. `FDFOModule` brings it to every `fit`.
@@ -54,13 +59,13 @@ class StopOnSignal(Callback):
         """The same, where there is no sanity check."""
         self.on_sanity_check_start(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops between two epochs, before the next rollout."""
-        self.stop_if_asked(trainer)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stops between two updates; after an epoch's last one, the epoch is ended and saved first.
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Stops between two batches; after an epoch's last one, the epoch is ended and saved first."""
-        self.stop_if_asked(trainer)
+        Not between the batches that an update accumulates: to ask is to wait for all processes.
+        """
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.stop_if_asked(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops between two batches of a validation."""
@@ -74,7 +79,7 @@ class StopOnSignal(Callback):
             print(f"\n{self.outcome(trainer)}", file=sys.stderr, flush=True)
         # The observer that Lightning has of the processes it started would kill this one for another's exit code.
         started = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
-        raise SystemExit(0 if started and not trainer.is_global_zero else 128 + (self.asked or signal.SIGTERM))
+        raise StoppedError(0 if started and not trainer.is_global_zero else 128 + (self.asked or signal.SIGTERM))
 
     def outcome(self, trainer: Trainer) -> str:
         """One sentence: what is saved, and how the run goes on."""
@@ -96,7 +101,7 @@ class StopOnSignal(Callback):
         if self.asked is None:
             self.asked = number
             if trainer.is_global_zero:
-                _say(f"{NAMES[number]}: the run ends after the current batch; ctrl-C ends it at once")
+                _say(f"{NAMES[number]}: the run ends after the current batch or update; ctrl-C ends it at once")
         elif number == signal.SIGINT:
             _end_others(trainer)
             if "ipykernel" in sys.modules:  # the process is a notebook's
@@ -124,7 +129,7 @@ def ends_at_once(trainer: Trainer) -> Iterator[None]:
         _end_others(trainer)
         if trainer.is_global_zero:
             _say(f"{NAMES[signal.Signals(received)]}: ended outside of training; the same command does it again")
-        raise SystemExit(128 + received)
+        raise StoppedError(128 + received)
 
     before = {number: signal.signal(number, end) for number in NAMES}
     try:
@@ -132,6 +137,22 @@ def ends_at_once(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ends_together(trainer: Trainer) -> Iterator[None]:
+    """An error of one process ends the others, which may wait for it in a collective; the first error alone is said.
+
+    It concerns the processes that Lightning has started; others belong to what has started them, torchrun or SLURM.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = _code_of_others(trainer) if _has_lost_another(error) else None
+        _end_others(trainer)
+        if code is None:
+            raise
+        raise StoppedError(code) from error
 
 
 def resuming_command(program: str, words: Sequence[str]) -> str:
@@ -159,8 +180,34 @@ def resuming_command(program: str, words: Sequence[str]) -> str:
 def _end_others(trainer: Trainer) -> None:
     """Ends the processes that the trainer has started: they may wait for this one in a collective."""
     launcher = trainer.strategy.launcher
-    if launcher is not None:
-        launcher.kill(signal.SIGKILL)
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        started = launcher.procs[:]
+        launcher.procs.clear()  # Lightning's observer of this list would end this process too, by SIGKILL
+        for process in started:
+            process.kill()
+
+
+def _has_lost_another(error: Exception) -> bool:
+    """Whether a collective has failed: gloo raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo", "nccl"))
+
+
+def _code_of_others(trainer: Trainer) -> int | None:
+    """The exit code of the process whose error has come first; None if none has ended by an error of its own."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, LightningEnvironment) and not trainer.is_global_zero:
+            time.sleep(2 * PATIENCE)  # the process that has started this one looks at all, and ends this one
+        return None
+    started = launcher.procs[:]
+    end = time.monotonic() + PATIENCE
+    while started and time.monotonic() < end:
+        codes = [process.poll() for process in started]
+        if any(codes):
+            return next((code for code in codes if code and code > 0), None)
+        time.sleep(0.05)
+    return None
 
 
 def _say(text: str) -> None:

@@ -96,7 +96,7 @@ def test_a_constant_reward_is_said_once_by_name_and_that_nothing_has_trained(rep
         "none of the 16 pairs of epoch 0 has a difference, so that nothing trains in it: "
         "no reward tells the images of a pair apart",
         "reward flat: 16 of 16 pairs score alike, and teach nothing: the score is constant, 0.25 for every image",
-        "no pair of any epoch had a difference: what trains is as it was at the start",
+        "no pair of any epoch of this process had a difference: they taught nothing",
     ]
 
 

@@ -85,6 +85,23 @@ def test_a_run_stops_after_the_current_batch(stopped, tmp_path, number, code, na
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_processes_ask_each_other_once_a_chunk_an_update_and_a_batch_of_a_validation(
+    toy_module, fit, prompts_file, monkeypatch
+):
+    asked = []
+    ask = StopOnSignal.stop_if_asked
+    monkeypatch.setattr(
+        StopOnSignal, "stop_if_asked", lambda self, trainer: (asked.append(trainer), ask(self, trainer))
+    )
+    trainer = fit(toy_module(), 1)
+    assert trainer.accumulate_grad_batches == 2
+    assert trainer.num_training_batches == 4
+    assert len(asked) == 2 + 2  # chunks of the rollout, updates
+    asked.clear()
+    trainer = fit(toy_module(), 1, val=str(prompts_file), num_sanity_val_steps=0)
+    assert len(asked) == 2 + 2 + trainer.num_val_batches[0]
+
+
 def test_it_stops_in_a_validation(stopped, tmp_path):
     ended, said, _ = stopped("validation", signal.SIGTERM)
     assert ended == 143
@@ -138,7 +155,7 @@ def test_a_second_ctrl_c_ends_at_once(toy_module, fit, monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Ended, match="130"):
         fit(toy_module(), 2, callbacks=[Twice()], **WITH)
-    assert "ctrl-C: the run ends after the current batch; ctrl-C ends it at once" in capfd.readouterr().err
+    assert "ctrl-C: the run ends after the current batch or update; ctrl-C ends it at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
