@@ -111,6 +111,10 @@ class Reward(ABC):
             pair's scores are subtracted; whole numbers and bool (as 0 and 1) count as numbers, complex ones do not.
         """
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy: nobody has said what it is made with, but its attributes."""
+        self.__dict__ = dict(state)
+
     def __getstate__(self) -> dict[str, Any]:
         """Its configuration: public attributes only."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}

@@ -23,7 +23,7 @@ def describe(reward: Reward) -> str:
         >>> describe(load_reward("JPEGSize"))
         'JPEGSize of lightning-fdfo-rewards'
     """
-    source = _source(reward)
+    source = source_of(reward)
     module = getattr(source, "__module__", None) or type(source).__module__
     names = _distributions().get(module.partition(".")[0], [])
     return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
@@ -55,16 +55,39 @@ def check_command(reward: Reward) -> str:
     return f"{command} --init_args {shlex.quote(text)}"
 
 
-def _source(reward: Reward) -> Any:
-    """Its class, or the function that it calls."""
+def source_of(reward: Reward) -> Any:
+    """A reward's class, or the function that it calls.
+
+    Example:
+        >>> source_of(FunctionReward(brightest := lambda images, prompts, metadata: images)) is brightest
+        True
+    """
     if not isinstance(reward, FunctionReward):
         return type(reward)
     return reward.function.func if isinstance(reward.function, functools.partial) else reward.function
 
 
+def made_with(reward: Reward) -> dict[str, Any]:
+    """The options that a reward was made with, defaults among them; a copy's public attributes, for it knows no more.
+
+    Example:
+        >>> from lightning_fdfo.reward import load_reward
+        >>> made_with(load_reward("JPEGSize", quality=80))["quality"]
+        80
+    """
+    if "_made_with" not in vars(reward):
+        return reward.__getstate__()
+    arguments, options = vars(reward)["_made_with"]
+    if isinstance(reward, FunctionReward):
+        return dict(options)
+    parameters = inspect.signature(type(reward))
+    defaults = {name: one.default for name, one in parameters.parameters.items() if one.default is not one.empty}
+    return defaults | parameters.bind_partial(*arguments, **options).arguments
+
+
 def _registered_name_or_path(reward: Reward) -> str | None:
     """None if neither a registered name nor a dotted path leads to it."""
-    source = _source(reward)
+    source = source_of(reward)
     module, name = getattr(source, "__module__", None) or "__main__", getattr(source, "__qualname__", "")
     for registered, entry in available_rewards().items():
         if entry.value == f"{module}:{name}":

@@ -31,6 +31,10 @@ class FiniteWeights(Callback):
         self._step = 0
         self._point: TrajectoryPoints | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets the point of a fit before."""
+        self._point = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes where the run begins, or goes on."""
         self._step = trainer.global_step

@@ -19,8 +19,9 @@ from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward_mix import RewardMix
 from lightning_fdfo.reward_term import RewardTerm
 from lightning_fdfo.schedules import churn_schedule
-from lightning_fdfo.training.optimizer_settings import optimizer_groups, replayed
+from lightning_fdfo.training.optimizer_settings import optimizer_groups
 from lightning_fdfo.training.optimizers import build_optimizer
+from lightning_fdfo.training.replayed_scheduler import replayed
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule

@@ -8,12 +8,10 @@ anew, from the first step to the current one, where the learning rate or the sch
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,6 +34,7 @@ def optimizer_groups(optimizer: Optimizer) -> Groups:
     """The settings of an optimiser that no scheduler has changed yet, a dictionary a group of weights.
 
     Example:
+        >>> import torch
         >>> weights = [torch.nn.Parameter(torch.zeros(1))]
         >>> optimizer_groups(torch.optim.SGD(weights, lr=0.5))[0]["lr"]
         0.5
@@ -60,6 +59,16 @@ def scheduler_record(scheduler: LRScheduler | None) -> dict[str, Any] | None:
         milestones = list(getattr(scheduler, "_milestones", []))
         record |= {"milestones": milestones, "schedulers": [scheduler_record(part) for part in parts]}
     return record
+
+
+def _scheduler_classes(record: Any) -> Any:
+    """The class of a recorded scheduler, with those of the schedulers that it is made of; None for none."""
+    if not isinstance(record, dict):
+        return None
+    parts = record.get("schedulers")
+    if not isinstance(parts, list) or not parts:
+        return record.get("class")
+    return f"{record.get('class')} of {', '.join(str(_scheduler_classes(part)) for part in parts)}"
 
 
 def given_on_command_line(words: Sequence[str]) -> frozenset[str]:
@@ -89,12 +98,14 @@ class ResumedOptimizer:
         groups: the settings that count, a dictionary a group.
         changed: names of those that are not the checkpoint's.
         replays: whether the scheduler is computed anew.
+        replaces: whether it is of another class than the checkpoint's, whose state it cannot take.
         lines: what is reported, a line a setting.
     """
 
     groups: Groups
     changed: set[str] = field(default_factory=set)
     replays: bool = False
+    replaces: bool = False
     lines: list[str] = field(default_factory=list)
 
 
@@ -193,14 +204,15 @@ def _compare_schedulers(
     had = bool(checkpoint.get("lr_schedulers"))
     unknown = {"class": "a scheduler"} if had else None
     theirs = record.get("lr_scheduler", unknown)
-    is_, wants = (one.get("class") if isinstance(one, dict) else None for one in (theirs, own))
+    is_, wants = _scheduler_classes(theirs), _scheduler_classes(own)
     if theirs is unknown and had and own is not None:
         is_ = wants  # an older checkpoint, which does not say more
     if is_ != wants:
         resumed.lines.append(
             f"model.lr_scheduler is {short(is_)} in the checkpoint, {short(wants)} in the configuration, which counts"
         )
-        resumed.changed |= {"lr"}
+        resumed.changed |= CYCLED & set(resumed.groups[0])
+        resumed.replaces = True
     elif theirs is not unknown:
         for name, has, value in differences(theirs, own):
             counts = "lr_scheduler" in given
@@ -208,56 +220,3 @@ def _compare_schedulers(
             option = f"--model.lr_scheduler.init_args.{name}"
             resumed.lines.append(_line(f"model.lr_scheduler: {name}", has, value, counts, option))
     resumed.replays = own is not None and (resumed.replays or bool(resumed.changed))
-
-
-def apply_settings(
-    optimizer: Optimizer, scheduler: LRScheduler | None, resumed: ResumedOptimizer,
-    build: Callable[[Optimizer], Any] | None, num_steps: int,
-) -> None:  # fmt: skip
-    """Sets a restored optimiser, and its scheduler, to what counts; moments stay as they are.
-
-    Args:
-        optimizer: restored from the checkpoint.
-        scheduler: the same; None without one.
-        resumed: see `resumed_optimizer`.
-        build: makes the configuration's scheduler of an optimiser.
-        num_steps: optimiser steps so far.
-    """
-    values: Groups = [{name: group[name] for name in resumed.changed} for group in resumed.groups]
-    if scheduler is not None and build is not None and resumed.replays:
-        twin, groups = replayed(build, optimizer, resumed.groups, num_steps)
-        scheduler.load_state_dict(twin.state_dict())
-        values = groups
-    elif not resumed.changed:
-        return
-    state = optimizer.state_dict()
-    for group, new in zip(state["param_groups"], values, strict=True):
-        group.update(new)
-    optimizer.load_state_dict(state)
-
-
-def replayed(
-    build: Callable[[Optimizer], Any], optimizer: Optimizer, groups: Groups, num_steps: int
-) -> tuple[LRScheduler, Groups]:
-    """A scheduler as it is after some steps, and the groups of an optimiser under it, which has no weights.
-
-    Args:
-        build: makes the scheduler of an optimiser.
-        optimizer: whose defaults it looks at.
-        groups: settings at the first step.
-        num_steps: how many, >= 0.
-
-    Example:
-        >>> weights = [torch.nn.Parameter(torch.zeros(1))]
-        >>> sgd = torch.optim.SGD(weights, lr=1.0)
-        >>> halve = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-        >>> replayed(halve, sgd, optimizer_groups(sgd), 3)[1][0]["lr"]
-        0.125
-    """
-    twin = Optimizer([{"params": [torch.zeros(0)], **group} for group in groups], optimizer.defaults)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # there is nothing to update
-        scheduler: LRScheduler = build(twin)
-        for _ in range(num_steps):
-            scheduler.step()
-    return scheduler, optimizer_groups(twin)

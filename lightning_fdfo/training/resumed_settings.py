@@ -14,15 +14,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fdfo.training.optimizer_settings import (
     ResumedOptimizer,
-    apply_settings,
     check_same,
     optimizer_groups,
     optimizer_record,
-    replayed,
     resumed_optimizer,
     scheduler_record,
 )
 from lightning_fdfo.training.optimizers import build_optimizer
+from lightning_fdfo.training.replayed_scheduler import apply_settings, replayed
 from lightning_fdfo.training.settings_record import difference_lines, settings_record
 
 if TYPE_CHECKING:
@@ -44,8 +43,12 @@ class ResumedSettings(Callback):
         self._optimizer: dict[str, Any] = {}
         self._resumed: ResumedOptimizer | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what a fit that failed before its first batch has left."""
+        self._resumed = None
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compares, where a fit goes on.
+        """Compares, where a fit goes on; Lightning restores schedulers after this, with every strategy.
 
         Raises:
             ConfigurationError: the checkpoint is of another optimiser.
@@ -58,6 +61,8 @@ class ResumedSettings(Callback):
         self._resumed = resumed_optimizer(
             saved, optimizer, scheduler_record(scheduler), checkpoint, module.resume_overrides
         )
+        if self._resumed.replaces:
+            checkpoint["lr_schedulers"] = []  # a state of another class: `on_train_start` computes its own
         for line in [*self._resumed.lines, *difference_lines(saved, settings_record(module))]:
             rank_zero_info(f"resume: {line}")
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward import Reward
+from lightning_fdfo.reward_origin import made_with, source_of
 from lightning_fdfo.reward_term import RewardTerm
 
 if TYPE_CHECKING:
@@ -76,9 +78,13 @@ def settings_record(module: FDFOModule) -> dict[str, Any]:
 def _term_record(term: RewardTerm) -> dict[str, Any]:
     fields = {name: getattr(term, name) for name in ("weight", "scale", "clip")}
     reward = term.reward
+    options: Mapping[str, Any]
     if isinstance(reward, functools.partial):
-        options: Mapping[str, Any] = reward.keywords
+        options = reward.keywords
         reward = reward.func
+    elif isinstance(reward, Reward):  # not its attributes, which scoring may change
+        options = made_with(reward)
+        reward = source_of(reward)
     else:
         options = {name: value for name, value in vars(reward).items() if not name.startswith("_")}
     gate = None if term.gate is None else asdict(term.gate)

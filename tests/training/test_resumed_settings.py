@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    OneCycleLR,
+)
 
-from lightning_fdfo import Objective, Sampling
+from lightning_fdfo import Objective, Reward, Sampling
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.reward import FunctionReward
 from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.training.finite_weights import FiniteWeights
+from lightning_fdfo.training.resumed_settings import ResumedSettings
 from lightning_fdfo.training.settings_record import MAX_LINES, difference_lines
 from tests.conftest import ToyFlow, brightness
 
@@ -105,6 +117,14 @@ SCHEDULES = {
     "linear": lambda optimizer: LinearLR(optimizer, 0.1, total_iters=20),
     "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 20, eta_min=1e-3),
     "cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=2 * optimizer.param_groups[0]["lr"], total_steps=20),
+    "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "factor": lambda optimizer: MultiplicativeLR(optimizer, lambda step: 0.9),
+    "chain": lambda optimizer: ChainedScheduler(
+        [LinearLR(optimizer, 0.1, total_iters=3), ExponentialLR(optimizer, 0.9)]
+    ),
+    "two others": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=3), LambdaLR(optimizer, lambda step: 1 / (1 + step))], [3]
+    ),
     "two": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
         optimizer, [LinearLR(optimizer, 0.1, total_iters=3), CosineAnnealingLR(optimizer, 20)], [3]
     ),
@@ -149,13 +169,29 @@ def test_a_schedulers_settings_are_the_checkpoints_unless_named(resume, override
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(None, "linear"), ("linear", None), ("linear", "cosine")], ids=lambda name: str(name)
+    ("before", "after"),
+    [
+        (None, "linear"),
+        ("linear", None),
+        ("cycle", None),
+        ("linear", "cosine"),
+        ("cosine", "lambda"),
+        ("cosine", "factor"),
+        ("cosine", "two"),
+        ("cosine", "chain"),
+        ("chain", "cycle"),
+        ("two", "lambda"),
+        ("two", "two others"),
+    ],
+    ids=lambda name: str(name),
 )
 def test_another_kind_of_schedule_is_the_configurations(resume, before, after):
     first = {"lr_scheduler": SCHEDULES[before]} if before else {}
     _, trainer, (line,) = resume(first, {"flow": ToyFlow(), "lr_scheduler": SCHEDULES[after] if after else None})
     expected = rate_after(after, 1e-2, 3 * UPDATES) if after else 1e-2
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(expected)
+    group = trainer.optimizers[0].param_groups[0]
+    assert group["lr"] == pytest.approx(expected)
+    assert after == "cycle" or tuple(group["betas"]) == (0.9, 0.999)
     assert line.startswith("model.lr_scheduler is ")
 
 
@@ -193,6 +229,68 @@ def test_what_else_differs_is_said_and_is_the_configurations(resume, tmp_path):
     )
     assert "nothing in the checkpoint" in named["model.rewards.dark"]
     assert module.sampling.churn == 0.2
+
+
+class Counting(Reward):
+    def __init__(self, power=1.0):
+        self.power = power
+        self.calls = 0
+
+    def __call__(self, images, prompts, metadata):
+        self.calls += 1
+        return images.mean(dim=(1, 2, 3)) * self.power
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_scoring_changes_in_a_reward_is_no_setting(resume, copied):
+    def made(power):
+        return {"counting": RewardTerm(copy.deepcopy(Counting(power)) if copied else Counting(power))}
+
+    lines = resume({"rewards": made(1.0)}, {"flow": ToyFlow(), "rewards": made(2.0)})[2]
+    assert [line for line in lines if "power: 1.0 in the checkpoint, 2.0" in line] == lines[:1]
+    assert copied or len(lines) == 1
+
+
+def scaled(images, prompts, metadata, power=1.0):
+    return images.mean(dim=(1, 2, 3)) * power
+
+
+def test_another_function_and_its_options_are_said(resume):
+    first, then = ({"it": RewardTerm(FunctionReward(function, **options))} for function, options in OTHERS)
+    lines = resume({"rewards": first}, {"flow": ToyFlow(), "rewards": then})[2]
+    assert [line.partition(": ")[0] for line in lines] == ["model.rewards.it.class", "model.rewards.it.options.power"]
+
+
+OTHERS = [(darkness, {}), (scaled, {"power": 2.0})]
+
+
+class Failing(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        raise RuntimeError("before the first batch")
+
+
+def test_a_fit_that_fails_before_its_first_batch_hands_nothing_on(fit, toy_module, tmp_path):
+    def once(module, epochs, ckpt_path=None, *more):
+        saving = ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_on_train_epoch_end=True)
+        fit(module, epochs, ckpt_path, callbacks=[saving, *more], enable_checkpointing=True)
+
+    once(toy_module(), 1)
+    settings = ResumedSettings()
+    module = toy_module(optimizer=adamw(5e-2))
+    module.configure_callbacks = list
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        once(module, 2, str(tmp_path / "c/epoch=0.ckpt"), settings, Failing())
+    assert settings._resumed is not None
+    settings.setup(module.trainer, module, "fit")
+    settings.on_train_start(module.trainer, module)
+    assert settings._optimizer["optimizer"]["groups"][0]["lr"] == 5e-2
+
+
+def test_a_fit_begins_without_the_point_of_the_one_before():
+    guard = FiniteWeights()
+    guard._point = object()
+    guard.setup(None, None, "fit")
+    guard.on_train_epoch_end(None, None)  # looks at no velocity
 
 
 def nothing_odd(checkpoint):
