@@ -75,7 +75,9 @@ class FDFOArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with 2; a settings object's own words take the place of the parser's."""
-        exit_code.end(exit_code.Told(exit_code.one_line(_own_words(ex) or explain(self, message))))
+        said = exit_code.one_line(_own_words(ex) or explain(self, message))
+        given = any(word.partition("=")[0] in ("--config", "-c") for word in sys.argv)
+        exit_code.end(exit_code.Told(said if given else f"{said} (no configuration was given: --config FILE)"))
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Builds what a configuration names; what a class refuses is one line."""

@@ -47,9 +47,22 @@ def quiet_libraries() -> None:
         disable_progress_bars()
     for name in LOGGERS:
         logging.getLogger(f"lightning.{name}").addFilter(matters)
+    warnings.formatwarning = _format_warning
     for message in IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning and torch, about them
+
+
+_format_with_place = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this package's as a line; one of another's with its place in the code."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"warning: {message}\n"
+    return _format_with_place(message, category, filename, lineno, line)
 
 
 def matters(record: logging.LogRecord) -> bool:

@@ -24,6 +24,7 @@ MAX_POLL = 1.0
 
 _LOGGER = logging.getLogger(__name__)
 _waits: dict[int, _Wait] = {}
+_never = threading.Event()
 _watching_process: int | None = None
 
 
@@ -69,7 +70,7 @@ def _start_watching() -> None:
 
 def _watch() -> None:
     while True:
-        time.sleep(min(MAX_POLL, FIRST_REPORT / 4))
+        _never.wait(min(MAX_POLL, FIRST_REPORT / 4))
         _report_all()
 
 

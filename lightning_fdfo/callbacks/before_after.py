@@ -101,6 +101,12 @@ class BeforeAfter(Callback):
         folder = run_folder(trainer)
         if self.before and self.after:
             self._compare(folder)
+        if self.before and self.after_epoch != trainer.current_epoch:
+            last = f"after.png and the table are of epoch {self.after_epoch}" if self.after else "there is no after.png"
+            print(
+                f"The run ended with epoch {trainer.current_epoch}, and the last validation was after epoch "
+                f"{self.after_epoch}: {last}; trainer.check_val_every_n_epoch says how often"
+            )
         print(f"Done: pictures, curves and checkpoints are in {folder}")
 
     def _compare(self, folder: Path) -> None:

@@ -35,6 +35,7 @@ class LastCheckpoint(Checkpoint):
         """The file, once it is written, under the names that Lightning asks checkpoint callbacks for."""
         self.dirpath = ""
         """Its folder, once `fit` is set up."""
+        self._gone_on_from: object = None
         self.num_epochs = 0
         """Epochs that the file holds."""
 
@@ -52,7 +53,14 @@ class LastCheckpoint(Checkpoint):
         file = last_file(trainer.default_root_dir)
         if self.last_model_path or trainer.fast_dev_run:  # type: ignore[attr-defined]  # this trainer's own
             return
-        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == file.resolve():
+        if trainer.ckpt_path is None:
+            return
+        if self._gone_on_from != trainer.ckpt_path:  # said once
+            self._gone_on_from = trainer.ckpt_path
+            done, planned = trainer.current_epoch, trainer.max_epochs
+            rest = "" if done != planned else ", which are all: a higher trainer.max_epochs trains longer"
+            rank_zero_info(f"Going on from {trainer.ckpt_path}: {done} of {planned} epochs are done{rest}")
+        if Path(trainer.ckpt_path).resolve() == file.resolve():
             self.last_model_path = self.best_model_path = str(file)
             self.num_epochs = trainer.current_epoch
 

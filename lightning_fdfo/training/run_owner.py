@@ -138,7 +138,8 @@ class RunOwner(Callback):
         if self._lock is None or self._begun == folder:
             return
         self.check_new(folder, trainer.ckpt_path)
-        write_text(folder / MARK, _this_process())
+        if not (folder / MARK).exists():  # else it names the process that began the run
+            write_text(folder / MARK, _this_process())
         self._begun = folder
 
     def _on_first_process(self, trainer: Trainer, action: Callable[[], object]) -> None:

@@ -101,7 +101,8 @@ class StopOnSignal(Callback):
         if self.asked is None:
             self.asked = number
             if trainer.is_global_zero:
-                _say(f"{NAMES[number]}: the run ends after the current batch or update; ctrl-C ends it at once")
+                again = "a second" if number == signal.SIGINT else "a"
+                _say(f"{NAMES[number]}: the run ends after the current batch or update; {again} ctrl-C ends it at once")
         elif number == signal.SIGINT:
             _end_others(trainer)
             if "ipykernel" in sys.modules:  # the process is a notebook's

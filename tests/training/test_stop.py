@@ -155,7 +155,7 @@ def test_a_second_ctrl_c_ends_at_once(toy_module, fit, monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Ended, match="130"):
         fit(toy_module(), 2, callbacks=[Twice()], **WITH)
-    assert "ctrl-C: the run ends after the current batch or update; ctrl-C ends it at once" in capfd.readouterr().err
+    assert "after the current batch or update; a second ctrl-C ends it at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
