@@ -36,8 +36,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> io, checkpoint = AtomicCheckpointIO(), {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
         >>> with TemporaryDirectory() as folder:
         ...     io.save_checkpoint(checkpoint, f"{folder}/a.ckpt")
-        ...     print(os.listdir(folder), io.load_checkpoint(f"{folder}/a.ckpt") == checkpoint)
-        ['a.ckpt'] True
+        ...     print([file.name for file in Path(folder).iterdir()])
+        ...     print(io.load_checkpoint(f"{folder}/a.ckpt") == checkpoint)
+        ['a.ckpt']
+        True
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:

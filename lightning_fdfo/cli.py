@@ -276,7 +276,7 @@ class FDFOCLI(LightningCLI):
         self.trainer.callbacks.append(owner)  # type: ignore[attr-defined]
         if self.trainer.world_size == 1 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             owner.claim(folder)
-            owner.check_new(folder, found)
+            owner.check_new(folder, found, self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs it; ctrl-C and SIGTERM end it without a traceback, and an error of one process ends all."""

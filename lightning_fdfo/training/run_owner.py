@@ -101,17 +101,23 @@ class RunOwner(Callback):
                 left.unlink(missing_ok=True)
         return True
 
-    def check_new(self, folder: Path, ckpt_path: str | Path | None) -> None:
+    def check_new(self, folder: Path, ckpt_path: str | Path | None, trainer: Trainer | None = None) -> None:
         """Refuses a folder that holds a run which is not gone on with, and lets it go.
 
         Args:
             folder: claimed.
-            ckpt_path: what the run goes on from, if anything; a checkpoint of this folder's own run lies inside it.
+            ckpt_path: what the run goes on from, if anything; a checkpoint of this folder's own run lies inside it, or
+                where a checkpoint callback of the trainer writes.
+            trainer: of the run.
 
         Raises:
             ConfigurationError: it holds another run.
         """
-        goes_on = ckpt_path is not None and Path(ckpt_path).resolve().is_relative_to(folder.resolve())
+        callbacks = [] if trainer is None else trainer.checkpoint_callbacks
+        own = [folder, *(path for one in callbacks if (path := getattr(one, "dirpath", None)))]
+        goes_on = ckpt_path is not None and any(
+            Path(ckpt_path).resolve().is_relative_to(Path(place).resolve()) for place in own
+        )
         held = any(path for pattern in HELD for path in folder.glob(pattern))
         if held and not goes_on and not self.begins_anew and self._begun != folder:
             self.release()
@@ -137,7 +143,7 @@ class RunOwner(Callback):
         folder = Path(trainer.default_root_dir)
         if self._lock is None or self._begun == folder:
             return
-        self.check_new(folder, trainer.ckpt_path)
+        self.check_new(folder, trainer.ckpt_path, trainer)
         if not (folder / MARK).exists():  # else it names the process that began the run
             write_text(folder / MARK, _this_process())
         self._begun = folder
