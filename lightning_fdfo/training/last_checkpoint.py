@@ -55,14 +55,16 @@ class LastCheckpoint(Checkpoint):
             return
         if trainer.ckpt_path is None:
             return
+        # current_epoch, which counts completed epochs, is one behind until training starts
+        done: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         if self._gone_on_from != trainer.ckpt_path:  # said once
             self._gone_on_from = trainer.ckpt_path
-            done, planned = trainer.current_epoch, trainer.max_epochs
+            planned = trainer.max_epochs
             rest = "" if done != planned else ", which are all: a higher trainer.max_epochs trains longer"
             rank_zero_info(f"Going on from {trainer.ckpt_path}: {done} of {planned} epochs are done{rest}")
         if Path(trainer.ckpt_path).resolve() == file.resolve():
             self.last_model_path = self.best_model_path = str(file)
-            self.num_epochs = trainer.current_epoch
+            self.num_epochs = done
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, where there is no sanity check."""

@@ -137,3 +137,11 @@ def test_what_last_means(tmp_path):
     assert f"{folder}/epoch=79.ckpt, or begin anew in another folder" in str(error.value)
     last_file(tmp_path).touch()
     assert find_last(tmp_path) == last_file(tmp_path)
+
+
+def test_a_resume_says_how_many_epochs_are_done(toy_module, fit, tmp_path, caplog):
+    caplog.set_level("INFO")
+    fit(toy_module(), 2, **WITH)
+    file = last_file(tmp_path)
+    fit(toy_module(), 3, ckpt_path=str(file), **WITH)
+    assert f"Going on from {file}: 2 of 3 epochs are done" in caplog.text
