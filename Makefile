@@ -23,7 +23,7 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 chaos: $(INSTALLED)
-	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.runs.chaos
 
 $(INSTALLED): pyproject.toml rewards/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from lightning_fdfo import FDFOModule, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.callbacks import BeforeAfter, Curves, LoRAExport
-from lightning_fdfo.checkpoint import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.flows import StableDiffusion3
 
 folder, epochs = sys.argv[1] if len(sys.argv) > 1 else "runs/plain", int(sys.argv[2]) if len(sys.argv) > 2 else 100

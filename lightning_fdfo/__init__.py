@@ -9,31 +9,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_fdfo.data import PromptDataModule
-    from lightning_fdfo.flow import FlowModel
-    from lightning_fdfo.lora import LoRA
-    from lightning_fdfo.module import FDFOModule, Objective
-    from lightning_fdfo.reward import Reward
-    from lightning_fdfo.reward_mix import RewardMix
-    from lightning_fdfo.rollout import Sampling
+    from lightning_fdfo.flows.base import FlowModel
+    from lightning_fdfo.flows.lora import LoRA
+    from lightning_fdfo.module import FDFOModule
+    from lightning_fdfo.reward.base import Reward
+    from lightning_fdfo.reward.mix import RewardMix
+    from lightning_fdfo.settings import Objective, Sampling
 
 __all__ = ["FDFOModule", "FlowModel", "LoRA", "Objective", "PromptDataModule", "Reward", "RewardMix", "Sampling"]
 
-_ROOMS = {
+_LAZY = {
     "FDFOModule": "module",
-    "FlowModel": "flow",
-    "LoRA": "lora",
-    "Objective": "module",
+    "FlowModel": "flows.base",
+    "LoRA": "flows.lora",
+    "Objective": "settings",
     "PromptDataModule": "data",
-    "Reward": "reward",
-    "RewardMix": "reward_mix",
-    "Sampling": "rollout",
+    "Reward": "reward.base",
+    "RewardMix": "reward.mix",
+    "Sampling": "settings",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

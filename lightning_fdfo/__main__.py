@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-from lightning_fdfo import exit_code
+from lightning_fdfo.commands import exit_code
 from lightning_fdfo.errors import ConfigurationError
 
 SUMMARIES = {
@@ -66,39 +66,39 @@ def _check_command(word: str) -> None:
 
 
 def _lightning() -> None:
-    from lightning_fdfo import cli
+    from lightning_fdfo.commands import cli
 
     cli.main()
 
 
 def _rewards(words: Sequence[str]) -> int:
-    from lightning_fdfo import reward_commands
+    from lightning_fdfo.commands import rewards as reward_commands
 
     return reward_commands.main(words)
 
 
 def _report(words: Sequence[str]) -> int:
-    from lightning_fdfo.report import command
+    from lightning_fdfo.commands import report as command
 
     command.main(words)
     return 0
 
 
 def _export(words: Sequence[str]) -> int:
-    from lightning_fdfo.export import command
+    from lightning_fdfo.commands import export as command
 
     command.main(words)
     return 0
 
 
 def _serve_reward(words: Sequence[str]) -> int:
-    from lightning_fdfo.remote import serve_command
+    from lightning_fdfo.commands import serve_reward as serve_command
 
     return serve_command.main(words)
 
 
 def _doctor(words: Sequence[str]) -> int:
-    from lightning_fdfo import cli, doctor
+    from lightning_fdfo.commands import cli, doctor
 
     code: int = cli.main(lambda: doctor.main(words))
     return code

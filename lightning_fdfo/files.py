@@ -123,3 +123,22 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people, in units of 1024: what a card of "24 GB" has is 24 GiB.
+
+    Args:
+        size: bytes, >= 0.
+
+    Example:
+        >>> format_bytes(500), format_bytes(1536), format_bytes(24 * 1024**3)
+        ('500 B', '1.5 KiB', '24.0 GiB')
+    """
+    power = 0
+    while size >= 1024 and power < len(UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{size:.1f} {UNITS[power]}" if power else f"{size:.0f} B"

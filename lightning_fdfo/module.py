@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -24,73 +23,50 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_fdfo.batching import BatchPlan
-from lightning_fdfo.checkpoint import check_saved, check_settings, check_weights, check_whole, optimizer_tensors
-from lightning_fdfo.console import describe_model, describe_rewards
+from lightning_fdfo.checkpoints.checkpoint_io import check_settings, check_weights, check_whole, optimizer_tensors
+from lightning_fdfo.checkpoints.resumed_settings import ResumedSettings
+from lightning_fdfo.checkpoints.run_owner import RunOwner
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
-from lightning_fdfo.evaluation.base_weights import BaseWeights, has_lora
 from lightning_fdfo.evaluation.comparison import Comparison, Painted, Row
 from lightning_fdfo.evaluation.embedders import named_embedder
-from lightning_fdfo.evaluation.settings import Evaluation
-from lightning_fdfo.finite import check_trained
-from lightning_fdfo.flow import Conditioning, FlowModel
-from lightning_fdfo.judgement import Judgement, gather, judge, own_rows
-from lightning_fdfo.lora import LoRA, dropout_layers
-from lightning_fdfo.lora_contents import check_lora_file, describe_lora
-from lightning_fdfo.monitoring import rollout_metrics
-from lightning_fdfo.objective import Normalization, velocity_divergence, velocity_objective
-from lightning_fdfo.parallel import check_strategy, shard, whole
-from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.randomness import Stream, generator
-from lightning_fdfo.ranges import check_number
-from lightning_fdfo.reward_mix import RewardMix
-from lightning_fdfo.rollout import Rollout, Sampling, encode_prompts, paint, roll_out
-from lightning_fdfo.rollout_bar import rollout_bar
-from lightning_fdfo.rollout_loader import RolloutLoader, TrajectoryPoints
-from lightning_fdfo.routing import check_route, is_for, routes
-from lightning_fdfo.training.capacity import check_capacity
-from lightning_fdfo.training.finite_weights import FiniteWeights, advice
-from lightning_fdfo.training.guards import missing_guards
-from lightning_fdfo.training.learning_guard import LearningGuard, check_trainable
-from lightning_fdfo.training.module_guard import (
+from lightning_fdfo.finite import check_saved, check_trained
+from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.generate import encode_prompts, paint
+from lightning_fdfo.flows.lora import LoRA, dropout_layers
+from lightning_fdfo.flows.lora_contents import check_lora_file, describe_lora
+from lightning_fdfo.guards.capacity import check_capacity
+from lightning_fdfo.guards.finite_weights import FiniteWeights, advice
+from lightning_fdfo.guards.learning_guard import LearningGuard, check_trainable
+from lightning_fdfo.guards.missing import missing_guards
+from lightning_fdfo.guards.module import (
     COMPILED,
     check_flow_is_new,
     check_module,
     read_safely,
     say_where_it_begins,
 )
+from lightning_fdfo.guards.stop import stop_if_asked
+from lightning_fdfo.guards.trainer import check_accumulation, guard
+from lightning_fdfo.objective import velocity_divergence, velocity_objective
+from lightning_fdfo.parallel import check_strategy, parallelize, whole
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.randomness import Stream, generator
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.routing import check_route, is_for, routes
+from lightning_fdfo.rollout.metrics import rollout_metrics
+from lightning_fdfo.rollout.pairs import Rollout, roll_out
+from lightning_fdfo.rollout.plan import BatchPlan
+from lightning_fdfo.rollout.points import RolloutLoader, TrajectoryPoints
+from lightning_fdfo.rollout.progress_bar import rollout_bar
+from lightning_fdfo.rollout.scores import Judgement, gather, judge, own_rows
+from lightning_fdfo.settings import Evaluation, Objective, Sampling, check_number
+from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
-from lightning_fdfo.training.resumed_settings import ResumedSettings
-from lightning_fdfo.training.run_owner import RunOwner
-from lightning_fdfo.training.stop import stop_if_asked
-from lightning_fdfo.training.trainer_guard import check_accumulation, guard
+from lightning_fdfo.training.summary import describe_model, describe_rewards
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Settings of the objective.
-
-    Args:
-        clip_range: > 0; how far a ratio may leave 1 before it is pulled back. With `updates_per_epoch: 1` it has no
-            effect: the ratio of an epoch's first update is 1, but for rounding and a LoRA's dropout.
-        normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
-        kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
-
-    Raises:
-        ConfigurationError: a number out of its range, or not finite.
-    """
-
-    clip_range: float = 0.03
-    normalization: Normalization = "mean_square"
-    kl_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_number("objective.clip_range", self.clip_range, above=0)
-        check_number("objective.kl_weight", self.kl_weight, at_least=0)
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
@@ -143,7 +119,7 @@ class FDFOModule(LightningModule):
         updates_per_epoch: int = 4,
         num_points_per_pair: int | None = None,
         batch_size: int = 8,
-        objective: Objective = Objective(),
+        objective: Objective = Objective(),  # noqa: B008 - frozen
         lora: LoRA | None = LoRA(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -359,7 +335,7 @@ class FDFOModule(LightningModule):
             self._cache_texts()
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
-            shard(self.flow, self.device_mesh)
+            parallelize(self.flow.transformer, self.flow.blocks, self.device_mesh)
         if self._command == TrainerFn.TESTING and self.evaluation.base:
             self._base = BaseWeights(self.flow.transformer)
         self._model_is_ready, self._adopted = True, self.lora_file

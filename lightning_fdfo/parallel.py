@@ -6,7 +6,7 @@ DDP needs nothing here: a pair stays on the process that made it, and Lightning 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -17,9 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 
 from lightning_fdfo.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from lightning_fdfo.flow import FlowModel
 
 
 def check_strategy(strategy: Any) -> None:
@@ -61,17 +58,22 @@ def check_strategy(strategy: Any) -> None:
         )
 
 
-def shard(flow: FlowModel, mesh: DeviceMesh) -> None:
-    """Shards a loaded flow's transformer over devices: block by block, then the rest.
+def parallelize(transformer: Module, blocks: Sequence[Module], mesh: DeviceMesh) -> None:
+    """Shards a loaded transformer over devices: block by block, then the rest.
+
+    `reshard_after_forward` stays at FSDP2's default: a block lets its weights go after its forward, and only the root
+    keeps its own. A rollout is many forwards without a backward, so blocks that kept theirs would sum up to the whole
+    model on each device, which is what sharding is to avoid.
 
     Args:
-        flow: loaded, with what trains decided (a LoRA bound, or all of it).
+        transformer: with what trains decided (a LoRA bound, or all of it).
+        blocks: its repeated blocks, in order.
         mesh: Lightning's, with a dimension `data_parallel`.
     """
     devices = mesh["data_parallel"]
-    for block in flow.blocks:
+    for block in blocks:
         fully_shard(block, mesh=devices)
-    fully_shard(flow.transformer, mesh=devices)
+    fully_shard(transformer, mesh=devices)
 
 
 def reshard(transformer: Module) -> None:

@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
-from lightning_fdfo.checkpoint import AtomicCheckpointIO
-from lightning_fdfo.flow import Conditioning
-from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
 
 

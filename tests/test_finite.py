@@ -16,15 +16,15 @@ from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import EMA, LoRAExport
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band
 from lightning_fdfo.errors import ConfigurationError, DivergenceError
-from lightning_fdfo.evaluation.settings import Evaluation
 from lightning_fdfo.export.trained import trained_weights
 from lightning_fdfo.flows import DiffusersFlow, resolve_pretrained
 from lightning_fdfo.flows.diffusers_flow import to_unit_range
 from lightning_fdfo.remote import RemoteReward
-from lightning_fdfo.reward_mix import RewardMix
-from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.settings import Evaluation
+from tests.commands.test_cli import SMALL
 from tests.conftest import ToyFlow, brightness
-from tests.test_cli import SMALL
 
 ROOT = Path(__file__).parent.parent
 NAN, INF = float("nan"), float("inf")

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretrained
-from lightning_fdfo.weights import Weights
+from lightning_fdfo.hub import Weights
 
 ANSWERS = {
     "gated": (403, "GatedRepo"),

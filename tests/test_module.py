@@ -10,10 +10,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
 from lightning_fdfo.callbacks import BeforeAfter, Curves
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.evaluation.image_statistics import STATISTICS
 from lightning_fdfo.flows import StableDiffusion3
+from lightning_fdfo.image_statistics import STATISTICS
 from lightning_fdfo.objective import velocity_objective
-from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
 NUMBERS = ("mean", "std", "difference", "ties", "share")

@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import LoRAExport
-from lightning_fdfo.cli import MAX_NODES, RunRecord
+from lightning_fdfo.commands.cli import MAX_NODES, RunRecord
+from lightning_fdfo.commands.score_folder import Row, print_scores
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretrained
+from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.text_cache import TextCache
-from lightning_fdfo.folder_scores import Row, print_scores
-from lightning_fdfo.lora import LoRA
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.prompts import read_prompts
 

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo.hub import Weights, shared
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DIGEST = hashlib.sha256(b"numbers").hexdigest()

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_fdfo.callbacks.pictures import image_grid, save_image
-from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
 from lightning_fdfo.parallel import sum_over_processes

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, render, save_image
-from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
 
 History = dict[str, list[tuple[int, float]]]
 """Name of a logged number -> (epoch, value), ...; epoch 0 is before training, 1 after the first."""

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from lightning_fdfo.callbacks.pictures import pixels, save_image
-from lightning_fdfo.callbacks.run_folder import numbered_folder, run_folder
+from lightning_fdfo.callbacks.provenance import describe_judged
+from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.files import write_text
-from lightning_fdfo.judged_weights import describe_judged
 from lightning_fdfo.module import FDFOModule
 
 LISTING = "images.jsonl"

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Column, Table
 
-from lightning_fdfo.callbacks.run_folder import numbered_folder, run_folder
+from lightning_fdfo.callbacks.provenance import describe_judged
+from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
 from lightning_fdfo.evaluation.comparison import SIDES, Estimate, Row
 from lightning_fdfo.evaluation.win_rate import WinRate
 from lightning_fdfo.files import write_text
-from lightning_fdfo.judged_weights import describe_judged
 from lightning_fdfo.module import FDFOModule
 
 WIDTH = 120

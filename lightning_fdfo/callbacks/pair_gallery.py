@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_fdfo.callbacks.captions import PAPER, draw_lines, line_height, wrap
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, pixels, save_image
-from lightning_fdfo.callbacks.run_folder import run_folder
+from lightning_fdfo.checkpoints.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import FlowModel
-from lightning_fdfo.judgement import Judgement, own_rows
-from lightning_fdfo.rollout import Rollout
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.rollout.pairs import Rollout
+from lightning_fdfo.rollout.scores import Judgement, own_rows
 
 WIDTH = 320
 """Pixels that a pair is enlarged to at least, so that its caption can be read."""

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_fdfo.callbacks.run_folder import run_folder
+from lightning_fdfo.checkpoints.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path
-from lightning_fdfo.judgement import Judgement
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.rollout import Rollout
-from lightning_fdfo.rollout_loader import RolloutLoader
+from lightning_fdfo.rollout.pairs import Rollout
+from lightning_fdfo.rollout.points import RolloutLoader
+from lightning_fdfo.rollout.scores import Judgement
 
 
 class PairLog(Callback):

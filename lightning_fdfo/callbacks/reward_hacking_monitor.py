@@ -12,10 +12,10 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_fdfo.callbacks.run_folder import run_folder
+from lightning_fdfo.checkpoints.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.evaluation.image_statistics import STATISTICS
 from lightning_fdfo.files import write_text
+from lightning_fdfo.image_statistics import STATISTICS
 
 Range = tuple[float | None, float | None]
 

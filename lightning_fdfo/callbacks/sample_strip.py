@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fdfo.callbacks.captions import INK, caption_size, draw_lines, font_for, line_height, wrap
 from lightning_fdfo.callbacks.pictures import image_grid, log_image, logged_step, save_image
-from lightning_fdfo.callbacks.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 
 GAP = 2

@@ -11,10 +11,10 @@ from torchmetrics import Metric
 
 from lightning_fdfo.evaluation.diversity import Distances, Diversity
 from lightning_fdfo.evaluation.embedders import Embedder
-from lightning_fdfo.evaluation.image_statistics import image_statistics
 from lightning_fdfo.evaluation.prompt_mean import Mean, PromptMean, prompt_mean
-from lightning_fdfo.evaluation.settings import Evaluation
 from lightning_fdfo.evaluation.win_rate import WinRate, WinRates
+from lightning_fdfo.image_statistics import image_statistics
+from lightning_fdfo.settings import Evaluation
 
 DIVERSITY = "diversity"
 SIDES = ("tuned", "base", "difference")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import Weights
+from lightning_fdfo.hub import Weights
 
 DREAMSIM = "dreamsim"
 

@@ -18,7 +18,7 @@ from lightning_fdfo.flows import DiffusersFlow, resolve_pretrained
 from lightning_fdfo.hub import HUB_NAME
 from lightning_fdfo.report.page import settings_of
 from lightning_fdfo.report.run_files import RunFiles
-from lightning_fdfo.reward_mix import RewardMix
+from lightning_fdfo.reward.mix import RewardMix
 
 PAPER = "arxiv:2603.12893"
 

@@ -10,15 +10,15 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from lightning_fdfo.checkpoint import AtomicCheckpointIO, check_saved, check_weights
+from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO, check_weights
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.finite import first_not_finite
-from lightning_fdfo.flow import FlowModel
+from lightning_fdfo.finite import check_saved, first_not_finite
 from lightning_fdfo.flows import DiffusersFlow
-from lightning_fdfo.lora import LoRA
-from lightning_fdfo.lora_contents import check_lora_file
-from lightning_fdfo.lora_file import LORA_FILE
-from lightning_fdfo.lora_folding import fold_file
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_contents import check_lora_file
+from lightning_fdfo.flows.lora_file import LORA_FILE
+from lightning_fdfo.flows.lora_folding import fold_file
 
 PREFIX = "flow.transformer."
 """Of a checkpoint's names: where the module keeps the transformer."""

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_trained, first_not_finite
-from lightning_fdfo.flow import Conditioning, FlowModel
+from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.lora_file import LORA_FILE, adapter_metadata, sort_metadata
+from lightning_fdfo.flows.lora_folding import folded
 from lightning_fdfo.flows.model_files import (
     CONFIGURATION,
     UNREADABLE,
@@ -48,8 +50,6 @@ from lightning_fdfo.flows.registry import (
 )
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.hub import HUB_NAME, is_hubs, out_of_reach
-from lightning_fdfo.lora_file import LORA_FILE, adapter_metadata, sort_metadata
-from lightning_fdfo.lora_folding import folded
 from lightning_fdfo.parallel import is_first_process, whole
 
 TextEncoders = Literal["offload", "keep", "cache"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fdfo.flow import Guidance
+from lightning_fdfo.flows.base import Guidance
 from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, pack, unpack
 
 

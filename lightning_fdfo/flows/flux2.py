@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from lightning_fdfo.flow import Guidance
+from lightning_fdfo.flows.base import Guidance
 from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow
 
 

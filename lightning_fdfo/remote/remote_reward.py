@@ -26,7 +26,7 @@ from lightning_fdfo.remote.protocol import (
     check_metadata,
     to_json,
 )
-from lightning_fdfo.reward import Metadata, Reward
+from lightning_fdfo.reward.base import Metadata, Reward
 
 
 class RemoteReward(Reward):

@@ -26,8 +26,8 @@ from lightning_fdfo.remote.protocol import (
     Scores,
     parse_prompts,
 )
-from lightning_fdfo.reward import Reward
-from lightning_fdfo.reward_mix import RewardMix
+from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.mix import RewardMix
 
 MAX_UPLOAD_SECONDS = 300.0
 """Until a body must be here."""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ConformanceError", "check_flow_model", "check_reward"]
 
-_ROOMS = {"check_flow_model": "flow_checks", "check_reward": "reward_checks"}
+_LAZY = {"check_flow_model": "flow_checks", "check_reward": "reward_checks"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

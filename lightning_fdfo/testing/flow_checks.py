@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows.base import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
-from lightning_fdfo.lora import LoRA
-from lightning_fdfo.lora_contents import settings_in
-from lightning_fdfo.lora_file import LORA_FILE
-from lightning_fdfo.lora_folding import read_settings
+from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_contents import settings_in
+from lightning_fdfo.flows.lora_file import LORA_FILE
+from lightning_fdfo.flows.lora_folding import read_settings
 from lightning_fdfo.sampling import sample
 from lightning_fdfo.testing.conformance import Check, Result, examine, insist
 

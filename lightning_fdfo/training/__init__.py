@@ -1,1 +1,1 @@
-"""What keeps a run right: guards, checkpoints, trained state."""
+"""What an update needs and what keeps it right: optimisers, base weights, guards."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.training.settings_record import class_path, differences, plain, short
+from lightning_fdfo.training.plain_settings import class_path, differences, plain, short
 
 SCHEDULED = {"params", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """What is no setting of a group: its weights, and what schedulers add."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo.hub import Weights, shared
 from lightning_fdfo_rewards.clip import CLIP, load_clip
 from lightning_fdfo_rewards.clip_score import OPENAI_CLIP
 from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, frozen

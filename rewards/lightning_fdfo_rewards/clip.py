@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import shared
+from lightning_fdfo.hub import shared
 from lightning_fdfo_rewards.model_reward import frozen
 
 

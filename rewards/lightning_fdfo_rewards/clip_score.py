@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fdfo.weights import Weights
+from lightning_fdfo.hub import Weights
 from lightning_fdfo_rewards.clip import CLIP, load_clip
 from lightning_fdfo_rewards.model_reward import DType, ModelReward
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize

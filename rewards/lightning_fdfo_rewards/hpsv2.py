@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo.hub import Weights, shared
 from lightning_fdfo_rewards.clip import CLIP, load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, ModelReward, from_tensors
 from lightning_fdfo_rewards.pick_score import LAION_TOKENIZER

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.weights import Weights, shared
+from lightning_fdfo.hub import Weights, shared
 from lightning_fdfo_rewards.clip import count_longer, load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, from_tensors, frozen
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.hub import Weights, shared
 from lightning_fdfo.reward import Metadata
-from lightning_fdfo.weights import Weights, shared
 from lightning_fdfo_rewards.clip import load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, ModelReward, frozen
 from lightning_fdfo_rewards.preprocessing import normalize

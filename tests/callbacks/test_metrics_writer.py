@@ -4,7 +4,7 @@ import json
 import pytest
 
 from lightning_fdfo.callbacks import MetricsWriter
-from lightning_fdfo.evaluation.settings import Evaluation
+from lightning_fdfo.settings import Evaluation
 
 
 def read_csv(path):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward_term import Gate, RewardTerm
+from lightning_fdfo.reward.term import Gate, RewardTerm
 from tests.conftest import brightness
 
 

@@ -10,10 +10,10 @@ from lightning.pytorch import Callback
 from lightning_fdfo import LoRA, Reward
 from lightning_fdfo.callbacks import EMA, MetricsWriter
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.evaluation.image_statistics import STATISTICS
-from lightning_fdfo.evaluation.settings import Evaluation
+from lightning_fdfo.flows.generate import paint
+from lightning_fdfo.image_statistics import STATISTICS
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.rollout import paint
+from lightning_fdfo.settings import Evaluation
 from tests.conftest import ToyFlow, brightness
 from tests.rewards import hub_folders
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lightning_fdfo.__main__ import main
-from lightning_fdfo.export import command
+from lightning_fdfo.commands import export as command
 from lightning_fdfo.export.model_card import base_licence, cell, shareable
 from lightning_fdfo.flows import resolve_pretrained
-from tests.test_cli import SMALL
+from tests.commands.test_cli import SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 LORA_FILE = "pytorch_lora_weights.safetensors"

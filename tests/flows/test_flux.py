@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, Flux
-from lightning_fdfo.lora import LoRA
+from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.testing import check_flow_model
 from lightning_fdfo.testing.flow_checks import randomise
 from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights

@@ -7,8 +7,8 @@ from diffusers import PipelineQuantizationConfig
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3, quantization
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.quantization import BYTES, LIBRARIES, Quantization, quantization_config
-from lightning_fdfo.lora import LoRA
 
 KINDS = get_args(Quantization)
 

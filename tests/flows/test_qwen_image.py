@@ -13,10 +13,10 @@ from diffusers import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows.base import Conditioning
 from lightning_fdfo.flows.diffusers_flow import pack
+from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.qwen_image import QwenImage
-from lightning_fdfo.lora import LoRA
 from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer
 from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights

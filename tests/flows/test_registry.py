@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 
-from lightning_fdfo.cli import FDFOCLI
+from lightning_fdfo.commands.cli import FDFOCLI
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.flows.registry import Adapter, adapter_for, read_index

@@ -8,9 +8,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
-from lightning_fdfo.lora import LoRA
+from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.objective import direction, half_differences, velocity_objective
 from lightning_fdfo.sampling import sample, sample_pairs
 from tests import golden_case

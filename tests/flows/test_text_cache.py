@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained, text_cache
+from lightning_fdfo.flows.base import Conditioning
 from lightning_fdfo.flows.diffusers_flow import TEXTS_A_SHARD, DiffusersFlow
 from lightning_fdfo.flows.text_cache import TextCache
 
@@ -86,7 +86,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 import torch
-from lightning_fdfo.flow import Conditioning
+from lightning_fdfo.flows.base import Conditioning
 from lightning_fdfo.flows.text_cache import TextCache
 name, dies = sys.argv[2], sys.argv[3] == "dies"
 cache = TextCache(Path(sys.argv[1]))

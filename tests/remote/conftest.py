@@ -10,12 +10,12 @@ import pytest
 import torch
 import uvicorn
 
+from lightning_fdfo.commands.serve_reward import bind
 from lightning_fdfo.remote.protocol import Limits
-from lightning_fdfo.remote.serve_command import bind
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
 from lightning_fdfo.reward import Reward, load_reward
-from lightning_fdfo.reward_mix import RewardMix
-from lightning_fdfo.reward_term import RewardTerm
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.term import RewardTerm
 
 TOKEN = "a-token-of-some-length"
 

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from lightning_fdfo.__main__ import main
+from lightning_fdfo.commands.report import write_report
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.report.command import write_report
 from lightning_fdfo.report.page import MAX_PICTURES, correlations, render_page
 from lightning_fdfo.report.run_files import RunFiles
 

@@ -9,8 +9,8 @@ import torch
 from diffusers.training_utils import _collate_lora_metadata
 from peft import get_peft_model_state_dict
 
-from lightning_fdfo.flow import Conditioning
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
+from lightning_fdfo.flows.base import Conditioning
 from lightning_fdfo.testing import ConformanceError, check_flow_model
 from lightning_fdfo.testing.flow_checks import CHECKS, run_flow_checks
 from tests.testing import postcards

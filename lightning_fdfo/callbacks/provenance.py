@@ -1,0 +1,30 @@
+"""Which weights made a folder of images or a table: the base model, and the file that was loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+
+if TYPE_CHECKING:
+    from lightning_fdfo.module import FDFOModule
+
+
+def describe_judged(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
+    """The base model, and the weights that are judged: `base`, `weights`, and their file's SHA-256.
+
+    Of files here the name is told, not where they lie.
+    """
+    pretrained = str(getattr(module.flow, "pretrained", type(module.flow).__name__))
+    base = {"base": Path(pretrained).name if Path(pretrained).exists() else pretrained}
+    file = module.lora_file or (Path(trainer.ckpt_path) if trainer.ckpt_path else None)
+    if file is None:
+        given = module.lora.init_lora if module.lora is not None else None
+        if given is None:
+            return base | {"weights": "the base model's"}
+        file = Path(given)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return base | {"weights": file.name, "sha256": digest}

@@ -1,0 +1,1 @@
+"""What a run leaves to go on from: its folder, its checkpoints and their settings."""

@@ -1,0 +1,218 @@
+"""Checkpoints: only what trains, strict on load; on disk whole or not there, and read without running pickled code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import atomic_path, format_bytes
+from lightning_fdfo.flows.lora_file import LORA_FILE
+
+LIGHTNINGS = {"state_dict": dict, "pytorch-lightning_version": str}
+"""What every checkpoint of Lightning's holds."""
+MAX_NAMED = 3
+"""Checkpoints that an error names in another's place."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own format, on a local disk; a file is whole or not there, and is read without running code.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> io, checkpoint = AtomicCheckpointIO(), {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
+        >>> with TemporaryDirectory() as folder:
+        ...     io.save_checkpoint(checkpoint, f"{folder}/a.ckpt")
+        ...     print([file.name for file in Path(folder).iterdir()])
+        ...     print(io.load_checkpoint(f"{folder}/a.ckpt") == checkpoint)
+        ['a.ckpt']
+        True
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Writes `path` under a temporary name, syncs it and renames it: a killed process leaves the old file, or none.
+
+        Raises:
+            ConfigurationError: it cannot be written, for want of space, say; the old file is as it was.
+        """
+        if storage_options is not None:
+            raise TypeError(f"storage_options: expected None for a local disk, got {storage_options!r}")
+        target = Path(path)
+        try:
+            with atomic_path(target) as partial, partial.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError, ConfigurationError) as error:
+            reason = _writing_problem(error)
+            if reason is None:
+                raise
+            raise ConfigurationError(
+                f"checkpoint {target} cannot be written: {reason}; it needs about "
+                f"{format_bytes(num_bytes(checkpoint))}, and {_free(target.parent)} are free there. "
+                f"Earlier checkpoints are whole: make room, then go on by "
+                "--ckpt_path last"
+            ) from error
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads `path` with `weights_only=True`, whatever is asked for.
+
+        Raises:
+            ConfigurationError: it is missing, damaged or no checkpoint, or holds what only its own code could load.
+        """
+        file = Path(path)
+        if file.suffix == ".safetensors" or (file / LORA_FILE).is_file():
+            lora = file if file.suffix else file / LORA_FILE
+            raise ConfigurationError(
+                f'{file} is a LoRA, no checkpoint: set a new module\'s lora_file to Path("{lora}") to validate, test '
+                "or predict with it, or give LoRA(init_lora=...) to train on from it"
+            )
+        try:
+            _check_archive(file)
+            checkpoint: dict[str, Any] = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+            for name, kind in LIGHTNINGS.items():
+                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), kind):
+                    raise ValueError(f"it is no Lightning checkpoint: it has no {name}")
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = found[1] if found else "a Python object"
+            raise _refused(file, f"it holds {what}, which only code of its own could load") from error
+        except Exception as error:  # torch raises many kinds for a file that is something else
+            raise _refused(file, str(error).partition("\n")[0] or type(error).__name__) from error
+        return checkpoint
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested mappings and sequences.
+
+    Example:
+        >>> num_bytes({"weights": {"B": torch.zeros(8, 4)}, "steps": [torch.zeros(2), 3]})
+        136
+    """
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(num_bytes(item) for item in value)
+
+
+def _writing_problem(error: BaseException) -> str | None:
+    """What the disk says; torch's writer may have put an error of its own over it."""
+    under: BaseException | None = error
+    while under is not None and not isinstance(under, OSError):
+        under = under.__cause__ or under.__context__
+    if under is not None:
+        return under.strerror or str(under)
+    torn = re.search("PytorchStreamWriter|inline_container|iostream", str(error))
+    return str(error).partition("\n")[0] if torn else None
+
+
+def _free(folder: Path) -> str:
+    with suppress(OSError):
+        return format_bytes(shutil.disk_usage(folder).free)
+    return "unknown"
+
+
+def _check_archive(file: Path) -> None:
+    """Raises ValueError unless a file is as torch writes them: a zip, not compressed, its checksums right.
+
+    torch itself does not compare checksums.
+    """
+    if not file.is_file():
+        raise ValueError("it is no file" if file.exists() else "it is not there")
+    try:
+        with ZipFile(file) as archive:
+            compressed = any(entry.compress_type != ZIP_STORED for entry in archive.infolist())
+            damaged = None if compressed else archive.testzip()
+    except BadZipFile as error:
+        raise ValueError(f"it is cut short, or no checkpoint (it has {format_bytes(file.stat().st_size)})") from error
+    if compressed or damaged:
+        raise ValueError(f"it is damaged: {damaged} has another checksum" if damaged else "it is no checkpoint")
+
+
+def _refused(file: Path, reason: str) -> ConfigurationError:
+    """With the newest other checkpoints of the folder as a cure."""
+    others = [other for other in file.parent.glob("*.ckpt") if other.is_file() and other.name != file.name]
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    named = ", ".join(other.name for other in others[:MAX_NAMED])
+    cure = f"go on from another one in its folder by --ckpt_path FILE: {named}" if named else "there is none beside it"
+    return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {cure}")
+
+
+def check_whole(checkpoint: Mapping[str, Any], path: object) -> None:
+    """Raises ConfigurationError for a checkpoint from which no run can go on: it holds weights and no optimiser.
+
+    Example:
+        >>> check_whole({"state_dict": {}, "optimizer_states": []}, "a.ckpt")
+    """
+    if "optimizer_states" not in checkpoint:
+        raise ConfigurationError(
+            f"checkpoint {path} holds weights only, as save_weights_only writes them, and fit cannot go on from it; "
+            "validate, test and predict take it, and a new run begins with a LoRA's file by --model.lora.init_lora"
+        )
+
+
+def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Compares settings without which a checkpoint's weights mean something else.
+
+    Raises:
+        ConfigurationError: some differ; the message names them with both values.
+
+    Example:
+        >>> check_settings({"seed": 0, "lora.alpha": 4.0}, {"seed": 0})
+    """
+    has = saved if isinstance(saved, Mapping) else {}
+    differing = [
+        f"with {name}={has.get(name)}, the configuration says {value}"
+        for name, value in own.items()
+        if has.get(name) != value
+    ]
+    if differing:
+        raise ConfigurationError(
+            f"the checkpoint was written {'; '.join(differing)}: use the configuration that it was written with"
+        )
+
+
+def check_weights(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
+    """Compares names and shapes of a checkpoint's weights with those that train here.
+
+    The frozen weights are not in a checkpoint, so that Lightning's own strict loading would not do.
+
+    Raises:
+        ConfigurationError: they are not the same; the first that differs is told with both.
+
+    Example:
+        >>> check_weights({"B": [8, 4]}, {"B": [8, 4]})
+    """
+    differing = [name for name in sorted({*saved, *own}) if list(saved.get(name, ())) != list(own.get(name, ()))]
+    if differing:
+        first = differing[0]
+        has, needs = (list(shapes[first]) if first in shapes else "nothing" for shapes in (saved, own))
+        raise ConfigurationError(
+            f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
+            f"first {first}: it has {has}, expected {needs}; use the configuration that it was written with"
+        )
+
+
+def optimizer_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's optimisers, by a name that says which."""
+    return {
+        f"{key} of weight {number}": value
+        for optimizer in checkpoint.get("optimizer_states", ())
+        for number, state in optimizer.get("state", {}).items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }

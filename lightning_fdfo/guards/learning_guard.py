@@ -1,0 +1,59 @@
+"""LearningGuard: refuses a run that cannot learn, and reports what teaches nothing, each thing once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.guards.learning import cannot_learn, nothing_learned
+from lightning_fdfo.rollout.pairs import Rollout
+
+if TYPE_CHECKING:
+    from lightning_fdfo.module import FDFOModule
+
+
+class LearningGuard(Callback):
+    """Looks at the settings before a model is loaded, and at each epoch's pairs, of all devices, when they are scored.
+
+    `FDFOModule.configure_callbacks` returns it.
+    """
+
+    def __init__(self) -> None:
+        self._reported: set[str] = set()
+        self._trained = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises ConfigurationError for settings by which no weight would change."""
+        if stage != "fit":
+            return
+        self._reported, self._trained = set(), False
+        if found := cannot_learn(cast("FDFOModule", pl_module), trainer.max_epochs):
+            raise ConfigurationError("; ".join(found))
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+        """Reports what teaches nothing in the epoch, by name; numbers are those of all devices."""
+        module = cast("FDFOModule", pl_module)
+        if module.judgement is None:
+            return
+        self._trained = self._trained or bool(module.judgement.difference.any())
+        for key, sentence in nothing_learned(module.judgement, module.rewards, trainer.current_epoch):
+            if key not in self._reported:
+                self._reported.add(key)
+                rank_zero_warn(sentence)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so if no pair of this process's epochs has trained anything; those before a resume may have."""
+        if not self._trained and cast("FDFOModule", pl_module).judgement is not None:
+            rank_zero_warn("no pair of any epoch of this process had a difference: they taught nothing")
+
+
+def check_trainable(module: LightningModule) -> None:
+    """Raises ConfigurationError if no weight of a loaded module trains."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigurationError(
+            "the model has no weight that trains: expected a LoRA with targets (model.lora), or a flow whose train_all "
+            "makes its transformer trainable"
+        )

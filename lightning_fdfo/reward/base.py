@@ -1,0 +1,145 @@
+"""Rewards: the contract, and the registry of entry points.
+
+A reward is a class that scores images. It becomes known by an entry point of its distribution:
+
+    [project.entry-points."lightning_fdfo.rewards"]
+    JPEGSize = "lightning_fdfo_rewards.jpeg_size:JPEGSize"
+
+or is named by a dotted path (`my_package.my_module.MyReward`), without packaging; a path may lead to a plain function
+of images, prompts and metadata as well. Plugins are code: installing one is trusting it.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.hub import Weights
+from lightning_fdfo.reward.signature import check_signature
+
+Metadata = Mapping[str, Any]
+Scorer = Callable[..., Tensor]
+"""A plain function as a reward: `(images, prompts, metadata, **options) -> [N]`."""
+
+
+class Reward(ABC):
+    """Scores images. Not an nn.Module: it stays out of state_dict, DDP and sharding.
+
+    `__init__` stores options, as public attributes, and imports nothing heavy. `setup` loads what they name, once, into
+    attributes that start with an underscore. So a reward pickles by its configuration: underscored attributes are left
+    out, and the copy is set up anew where it arrives. `lightning_fdfo.testing.check_reward` checks all of it.
+
+    Example:
+        >>> class Brightness(Reward):
+        ...     range = (0.0, 1.0)
+        ...     def __call__(self, images, prompts, metadata):
+        ...         return images.mean(dim=(1, 2, 3))
+        >>> Brightness()(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
+        tensor([1., 1.])
+    """
+
+    range: tuple[float, float] = (float("-inf"), float("inf"))
+    """Lowest and highest score that can come, with the options' defaults; an instance may have its own."""
+    higher_is_better: bool = True
+    """False for a cost: a mixture then turns its sign, so that a positive weight always asks for better images."""
+    required_metadata: tuple[str, ...] = ()
+    """Keys that each prompt's metadata must have."""
+    needs: str = ""
+    """What it needs of a prompt, in words, where `required_metadata` does not say it all; empty: nothing."""
+    weights: tuple[Weights, ...] = ()
+    """What `setup` loads, with the options' defaults; an instance may have its own."""
+    packaged_weights: str = ""
+    """Weights that came with an installed package: which, and their licence, in words."""
+    device: str | None = None
+    """Where it runs, if not beside the flow: "cpu" for a reward that has no use for a GPU."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Remembers what it is made with: a message names the command that makes it again."""
+        reward = super().__new__(cls)
+        vars(reward)["_made_with"] = (arguments, options)
+        return reward
+
+    @property
+    def name(self) -> str:
+        """What messages call it: its class's name."""
+        return type(self).__name__
+
+    def fetch(self) -> None:
+        """Fetches its weights into the cache; called on one process of each machine, before any model is loaded."""
+        for weights in self.weights:
+            weights.fetch()
+
+    def setup(self, device: torch.device) -> None:  # noqa: B027 - a reward without weights has nothing to set up
+        """Loads weights onto `device`, once; called before the first score, perhaps more than once."""
+
+    def check(self, prompt: str, metadata: Metadata) -> None:
+        """Raises ConfigurationError if this prompt cannot be scored; called for each prompt before any model loads."""
+        missing = [key for key in self.required_metadata if key not in metadata]
+        if missing:
+            raise ConfigurationError(f"{self.name} needs metadata {missing}, got keys {sorted(metadata)}")
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of some prompts are longer than it reads; asked once, after `setup`, so that a run can warn."""
+        return 0
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Scores a batch.
+
+        It should leave its arguments as they are. A mixture hands each reward copies of its own, so that one that
+        does not changes nothing for others.
+
+        Args:
+            images: [N, 3, H, W], float32 in [0, 1], on the device of `setup`.
+            prompts: N strings.
+            metadata: N mappings.
+
+        Returns:
+            [N], finite real numbers within float32's range, on the images' device or the CPU. float64 is kept until a
+            pair's scores are subtracted; whole numbers and bool (as 0 and 1) count as numbers, complex ones do not.
+        """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy: nobody has said what it is made with, but its attributes."""
+        self.__dict__ = dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its configuration: public attributes only."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+class FunctionReward(Reward):
+    """A plain function as a reward.
+
+    Args:
+        function: `function(images, prompts, metadata, **options) -> [N]`, as `Reward.__call__`.
+        options: keyword arguments for it.
+
+    Raises:
+        ConfigurationError: a function that does not take these.
+
+    Example:
+        >>> brightest = FunctionReward(lambda images, prompts, metadata: images.amax(dim=(1, 2, 3)))
+        >>> brightest(torch.ones(1, 3, 2, 2), [""], [{}])
+        tensor([1.])
+    """
+
+    def __init__(self, function: Scorer, **options: Any) -> None:
+        check_signature(function, options)
+        self.function = functools.partial(function, **options) if options else function
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        return getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Calls it."""
+        return self.function(images, prompts, metadata)

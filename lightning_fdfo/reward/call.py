@@ -1,0 +1,149 @@
+"""One call into a reward's code: what it is handed, what counts as scores, and what becomes of its failures.
+
+A reward is foreign code. It gets copies, so that whatever it writes into them changes nothing for others; what it
+raises is turned into a RewardError with its name; how long it is waited for is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError, RewardError, StoppedError
+from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.origin import check_command, describe
+from lightning_fdfo.reward.waiting import reported
+
+
+def check_prompt(name: str, reward: Reward, prompt: str, metadata: Metadata) -> None:
+    """Raises ConfigurationError if a reward cannot score this prompt."""
+    with guarded(name, reward, "cannot check a prompt", "it checks a prompt"):
+        reward.check(prompt, own_metadata(metadata))
+
+
+@torch.no_grad()  # here, because a thread has a grad mode of its own
+def score_images(
+    name: str,
+    reward: Reward,
+    device: torch.device,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+) -> Tensor:
+    """One reward's scores, held to the contract.
+
+    Args:
+        name: of the term.
+        reward: set up on `device`.
+        device: to which the reward's own copy of the images goes.
+        images: [N, 3, H, W], on any device.
+        prompts: N strings.
+        metadata: N mappings.
+
+    Returns:
+        [N], float64, on the CPU: float32 would round 1e8 + 1 and 1e8 + 2 to the same number.
+
+    Raises:
+        RewardError: it raised something, or gave something else than N real numbers within float32's range.
+    """
+    with (
+        guarded(name, reward, f"failed on images on {device}", f"it scores {len(images)} images on {device}"),
+        torch.autocast(device.type, enabled=False),  # a score's digits are not the trainer's to cut
+        _current(device),
+    ):
+        own = images.to(device, copy=True)
+        given = torch.as_tensor(reward(own, list(prompts), [own_metadata(row) for row in metadata])).detach()
+        if given.is_complex():
+            raise _failure(name, reward, f"expected real numbers, got {_dtype(given)}")
+        score = given.cpu().to(torch.float64, copy=True)  # its own: a reward may use its buffer again
+    if score.shape != (len(images),):
+        raise _failure(name, reward, f"expected [{len(images)}] scores, got shape {list(score.shape)}")
+    finite = score.float().isfinite()  # differences train in float32
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise _failure(name, reward, f"score {score[row].item()} for prompt {prompts[row]!r}")
+    return score
+
+
+def own_metadata(metadata: Metadata) -> Metadata:
+    """A copy that shares nothing that can be changed.
+
+    Example:
+        >>> given = {"colours": ["red"]}
+        >>> own_metadata(given)["colours"].append("blue")
+        >>> given
+        {'colours': ['red']}
+    """
+    return copy.deepcopy(dict(metadata))
+
+
+@contextmanager
+def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[None]:
+    """Around foreign code: reports long waits, and turns whatever it raises into a RewardError with its name.
+
+    KeyboardInterrupt, StoppedError, and what the user can mend, pass.
+
+    Args:
+        name: of the term.
+        reward: whose code is called.
+        failing: what to say of an error.
+        doing: what to say of a long wait.
+    """
+    try:
+        with reported(lambda: f"reward {name!r} ({describe(reward)}): {doing}"):
+            yield
+    except (ConfigurationError, RewardError, KeyboardInterrupt, StoppedError):
+        raise
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(_missing(name, reward, error)) from error
+    except BaseException as error:  # SystemExit too: it would end the run without a word
+        raise _failure(name, reward, f"{failing}: {error!r}") from error
+
+
+def overdue(name: str, reward: Reward, num_images: int, seconds: float, reason: str) -> RewardError:
+    """The error for a call that took longer than the term's time limit."""
+    return _failure(name, reward, f"no scores of {num_images} images within its time_limit of {seconds:g} s ({reason})")
+
+
+def check_device(name: str, text: str) -> None:
+    """Checks that a device is there, without using it where that can be avoided.
+
+    Raises:
+        ConfigurationError: no such device on this machine.
+    """
+    try:
+        device = torch.device(text)
+        if device.type == "cuda":
+            count, index = torch.cuda.device_count(), device.index or 0
+            problem = "" if index < count else f"this machine has {count or 'no'} CUDA device{'s' * (count != 1)}"
+        else:
+            torch.empty(0, device=device)
+            problem = ""
+    except Exception as error:  # torch raises RuntimeError, AssertionError and others of its own
+        problem = str(error).strip().partition("\n")[0]
+    if problem:
+        raise ConfigurationError(f"reward {name!r}: expected a device like cpu or cuda:0, got {text!r}: {problem}")
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU this thread's current one: each thread begins with the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _dtype(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
+
+
+def _failure(name: str, reward: Reward, what: str) -> RewardError:
+    """Names the reward, its distribution, what happened, and the cure."""
+    cure = f"`{check_command(reward)}` shows what a reward must do"
+    return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {cure}")
+
+
+def _missing(name: str, reward: Reward, error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0] or str(error)
+    return f"reward {name!r} ({describe(reward)}) needs {package}, which is not installed: pip install {package}"

@@ -1,0 +1,242 @@
+"""The mixture: several rewards, scored side by side and weighed against each other.
+
+    rewards:
+      OCR: 1.0                                              # name: weight
+      small: {reward: {class_path: JPEGSize, init_args: {sign: -1}}, weight: 0.1, scale: std}
+      watched: {reward: my_package.my_module.redness, weight: 0}   # scored and logged, not trained on
+
+What a term is: reward_term.py. How images are scored: reward_set.py. Which prompts a term is for: routing.py.
+
+Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.objective import score_differences
+from lightning_fdfo.reward.base import Metadata
+from lightning_fdfo.reward.registry import as_reward
+from lightning_fdfo.reward.running_std import RunningStd
+from lightning_fdfo.reward.scorer import RewardSet
+from lightning_fdfo.reward.term import parse_terms
+
+
+class RewardMix:
+    """A weighted sum of rewards for an image, and of their half differences for a pair.
+
+        total      = sum_t weight_t * route_t * sign_t * score_t / scale_t
+        difference = sum_t weight_t * route_t * gate_t * clip(sign_t * half_difference_t / scale_t, -c_t, c_t)
+
+        sign_t = 1 if higher is better, else -1;  route_t: of the prompt;  gate_t: 1 if both branches pass, else 0
+
+    `difference` is what trains. A loss is linear in it, so without `clip` one pair with a freak score can outweigh all
+    others of an epoch. The bound c_t lies after the scale, so that it is in the scale's unit (with `std`, deviations),
+    and before the weight, so that the weight still says how much a term can do. Clip is odd, and weight, route and gate
+    belong to the pair: the two branches' differences stay opposite.
+
+    Args:
+        terms: name -> weight, or name -> `{reward: NAME or {class_path, init_args}, weight, scale, clip, gate,
+            device, time_limit}`, or (in Python) name -> RewardTerm. The short form's name is the reward's; the long
+            form's is free, so that one class can come several times.
+
+    Raises:
+        ConfigurationError: nothing in it, an unknown key or reward, a value that makes no sense.
+
+    Example:
+        >>> mix = RewardMix({"JPEGSize": 1.0, "again": {"reward": "JPEGSize", "weight": 0}})
+        >>> scores = mix(torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+        >>> sorted(scores), bool((mix.total(scores) == scores["JPEGSize"]).all())
+        (['JPEGSize', 'again'], True)
+    """
+
+    def __init__(self, terms: Mapping[str, Any]) -> None:
+        self.terms = parse_terms(terms)
+        self.rewards = {name: as_reward(term.reward) for name, term in self.terms.items()}
+        self.running = {name: RunningStd() for name, term in self.terms.items() if term.scale == "std"}
+        self._set = RewardSet(
+            self.rewards,
+            {name: term.device for name, term in self.terms.items()},
+            {name: term.time_limit for name, term in self.terms.items()},
+        )
+
+    # Set-up
+
+    def check(self, prompt: str, metadata: Metadata, names: Collection[str] | None = None) -> None:
+        """Checks that a prompt can be scored.
+
+        Args:
+            prompt: its text.
+            metadata: its metadata.
+            names: terms that it goes to; None for all.
+
+        Raises:
+            ConfigurationError: one of them cannot score it, or has a gate on a term that does not.
+        """
+        for name in self.terms if names is None else names:
+            gate = self.terms[name].gate
+            if gate is not None and names is not None and gate.reward not in names:
+                raise ConfigurationError(
+                    f"reward {name!r} counts for this prompt if {gate.reward!r} lets it, which is not to score it: "
+                    f"name {gate.reward!r} in its rewards, with 0 if it is not to train"
+                )
+            self._set.check(name, prompt, metadata)
+
+    def fetch(self) -> None:
+        """Fetches all weights into the cache."""
+        self._set.fetch()
+
+    def setup(self, device: torch.device) -> None:
+        """Sets up each reward on its own device, or on `device`; raises RewardError if one cannot be."""
+        self._set.setup(device)
+
+    # Scores
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        drop: bool = False,
+        routes: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Scores a batch.
+
+        Terms on the images' device run here, one after the other; the others meanwhile in a pool of threads, of which
+        each device has one, and each term on the CPU one of its own.
+
+        Args:
+            images: [N, 3, H, W], float32 in [0, 1].
+            prompts: N strings.
+            metadata: N mappings.
+            drop: whether a failure is told by a warning, and marked by NaN.
+            routes: name -> [N], see `routing.routes`; a term does not see the images of which its route is NaN. None
+                sends all to all.
+
+        Returns:
+            name -> [N], float64, on the CPU: each reward's own scores, unweighted; NaN where it was not to score.
+
+        Raises:
+            RewardError: a reward raised something, took longer than its time limit, or gave another shape, or something
+                else than finite real numbers. A failure is never a score. It names the prompt, and `row` says which it
+                is, if the image by itself fails too.
+        """
+        rows: dict[str, Sequence[int]] = dict.fromkeys(self.terms, range(len(images)))
+        if routes is not None:
+            rows = {name: (~routes[name].isnan()).nonzero().flatten().tolist() for name in self.terms}
+        return self._set(images, prompts, metadata, drop, rows)
+
+    # The sum
+
+    def update_scales(self, epoch: int, scores: Mapping[str, Tensor]) -> None:
+        """Adds an epoch's pairs to the running deviations.
+
+        Args:
+            epoch: the current one.
+            scores: name -> [2P], of all devices; pairs with NaN were not scored, and do not count.
+        """
+        for name, running in self.running.items():
+            differences = score_differences(scores[name])
+            running.update(epoch, differences[differences.isfinite()])
+
+    @property
+    def scales_known(self) -> bool:
+        """Whether scores can be weighed: not before a weighted term whose scale is `std` has scored its first pair."""
+        return all(running.std is not None for name, running in self.running.items() if not self.terms[name].is_watched)
+
+    def factor(self, name: str, epoch: int = 0) -> float:
+        """Weight * sign / scale of a term in an epoch; raises ValueError while its scale is not known."""
+        weight, scale = self.terms[name].weight_at(epoch), self.terms[name].scale
+        if weight == 0:
+            return 0.0
+        divisor = self.running[name].std if scale == "std" else scale
+        if divisor is None:
+            raise ValueError(f"the scale of reward {name!r} is not known yet: call update_scales first")
+        return weight * self._sign(name) / (1.0 if divisor == "none" else float(divisor))
+
+    def _sign(self, name: str) -> float:
+        return 1.0 if self.rewards[name].higher_is_better else -1.0
+
+    def total(self, scores: Mapping[str, Tensor], routes: Mapping[str, Tensor] | None = None, epoch: int = 0) -> Tensor:
+        """The weighted sum of scores, [N]; clip and gate are matters of pairs, and have no part in it.
+
+        Args:
+            scores: name -> [N].
+            routes: name -> [N]; None counts each term with 1.
+            epoch: whose weights.
+
+        Raises:
+            ValueError: a scale is not known yet.
+        """
+        parts = [self._weighed(name, scores[name].float(), routes, epoch) for name in self.terms]
+        return torch.stack(parts).sum(dim=0)
+
+    def differences(
+        self, scores: Mapping[str, Tensor], routes: Mapping[str, Tensor] | None = None, epoch: int = 0
+    ) -> dict[str, Tensor]:
+        """What each term adds to the half differences of the total, as the formula above has it.
+
+        Args:
+            scores: name -> [2P].
+            routes: name -> [2P]; None counts each term with 1.
+            epoch: whose weights.
+
+        Returns:
+            name -> [2P]; their sum is what trains. The rows of a pair are opposite.
+
+        Raises:
+            ValueError: a scale is not known yet.
+        """
+        parts = {}
+        for name in self.terms:
+            part = self._weighed(name, score_differences(scores[name]), routes, epoch, self.terms[name].clip)
+            parts[name] = torch.where(self.passes(name, scores), part, 0.0)
+        return parts
+
+    def _weighed(
+        self,
+        name: str,
+        values: Tensor,
+        routes: Mapping[str, Tensor] | None,
+        epoch: int,
+        clip: float | None = None,
+    ) -> Tensor:
+        """A term's scores or half differences, scaled, clipped, weighed and routed; 0 where it is not to score."""
+        route = torch.ones(len(values)) if routes is None else routes[name]
+        if bool(route.isnan().all()):
+            return torch.zeros(len(values))  # of a term that has never scored, nobody knows the scale
+        weighed = self.factor(name, epoch) * values
+        if clip is not None:
+            bound = abs(self.terms[name].weight_at(epoch)) * clip
+            weighed = weighed.clamp(-bound, bound)
+        return torch.where(route.isnan(), 0.0, weighed * route)
+
+    def passes(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+        """Whether both branches of a pair pass a term's gate: [2P], bool, the same for both."""
+        gate = self.terms[name].gate
+        if gate is None:
+            return torch.ones(len(scores[name]), dtype=torch.bool)
+        score = scores[gate.reward].float()  # as the bounds: a float32 of 0.8 is not above 0.8
+        passing = (score > gate.above) & (score < gate.below)
+        return passing.view(-1, 2).all(dim=1).repeat_interleave(2)
+
+    def preference(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+        """How much better a term finds a branch than its partner, in the reward's own units: [2P]; NaN: not scored."""
+        return self._sign(name) * score_differences(scores[name])
+
+    # State: the running deviations
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running deviations, by name."""
+        return {name: running.state_dict() for name, running in self.running.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with the deviations of terms of the same name; a new term starts its own."""
+        for name, running in self.running.items():
+            if name in state:
+                running.load_state_dict(state[name])

@@ -1,0 +1,108 @@
+"""Where a reward comes from, for messages: its distribution, and the command that checks it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import packages_distributions
+from typing import Any
+
+import yaml
+
+from lightning_fdfo.reward.base import FunctionReward, Reward
+from lightning_fdfo.reward.registry import available_rewards
+
+
+def describe(reward: Reward) -> str:
+    """A reward's class and the distribution that it comes from, for messages.
+
+    Example:
+        >>> from lightning_fdfo.reward.registry import load_reward
+        >>> describe(load_reward("JPEGSize"))
+        'JPEGSize of lightning-fdfo-rewards'
+    """
+    source = source_of(reward)
+    module = getattr(source, "__module__", None) or type(source).__module__
+    names = _distributions().get(module.partition(".")[0], [])
+    return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
+
+
+@functools.cache  # it looks at every installed distribution
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+def check_command(reward: Reward) -> str:
+    """The command that checks a reward, with its name or dotted path and the options that it was made with.
+
+    Example:
+        >>> from lightning_fdfo.reward.registry import load_reward
+        >>> check_command(load_reward("JPEGSize", quality=80))
+        "lightning-fdfo rewards check JPEGSize --init_args '{quality: 80}'"
+    """
+    name = _registered_name_or_path(reward)
+    if name is None:  # made in a script or a function, where no command finds it
+        return "lightning_fdfo.testing.check_reward(...)"
+    command, options = f"lightning-fdfo rewards check {name}", _options(reward)
+    if not options:
+        return command
+    try:
+        text = yaml.safe_dump(options, default_flow_style=True, sort_keys=False, width=10**6).strip()
+    except yaml.YAMLError:
+        return f"{command} --init_args …"
+    return f"{command} --init_args {shlex.quote(text)}"
+
+
+def source_of(reward: Reward) -> Any:
+    """A reward's class, or the function that it calls.
+
+    Example:
+        >>> source_of(FunctionReward(brightest := lambda images, prompts, metadata: images)) is brightest
+        True
+    """
+    if not isinstance(reward, FunctionReward):
+        return type(reward)
+    return reward.function.func if isinstance(reward.function, functools.partial) else reward.function
+
+
+def made_with(reward: Reward) -> dict[str, Any]:
+    """The options that a reward was made with, defaults among them; a copy's public attributes, for it knows no more.
+
+    Example:
+        >>> from lightning_fdfo.reward.registry import load_reward
+        >>> made_with(load_reward("JPEGSize", quality=80))["quality"]
+        80
+    """
+    if "_made_with" not in vars(reward):
+        return reward.__getstate__()
+    arguments, options = vars(reward)["_made_with"]
+    if isinstance(reward, FunctionReward):
+        return dict(options)
+    parameters = inspect.signature(type(reward))
+    defaults = {name: one.default for name, one in parameters.parameters.items() if one.default is not one.empty}
+    return defaults | parameters.bind_partial(*arguments, **options).arguments
+
+
+def _registered_name_or_path(reward: Reward) -> str | None:
+    """None if neither a registered name nor a dotted path leads to it."""
+    source = source_of(reward)
+    module, name = getattr(source, "__module__", None) or "__main__", getattr(source, "__qualname__", "")
+    for registered, entry in available_rewards().items():
+        if entry.value == f"{module}:{name}":
+            return registered
+    loaded = sys.modules.get(module) if module != "__main__" else None
+    return f"{module}.{name}" if loaded is not None and getattr(loaded, name, None) is source else None
+
+
+def _options(reward: Reward) -> dict[str, Any]:
+    """What it was made with, as far as that is not the default."""
+    arguments, options = vars(reward).get("_made_with", ((), {}))  # not in a copy that was pickled
+    if isinstance(reward, FunctionReward):
+        return dict(options)
+    signature = inspect.signature(type(reward))
+    given = signature.bind_partial(*arguments, **options).arguments
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    return {name: value for name, value in given.items() if value is not defaults[name] and value != defaults[name]}

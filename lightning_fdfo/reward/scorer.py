@@ -1,0 +1,209 @@
+"""Several rewards that score the same images side by side: each on its device, in threads; a failure is never a score.
+
+Legend: N images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import wait
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import RewardError
+from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.call import check_device, check_prompt, guarded, overdue, score_images
+from lightning_fdfo.reward.origin import describe
+from lightning_fdfo.reward.waiting import OverdueError, TimeLimit, start
+
+MAX_FAILURES = 3
+"""Images in a row that may fail one by one before the rest of a batch counts as failed too."""
+
+
+class _OverdueRewardError(RewardError):
+    """A reward did not end in time; it may still be running."""
+
+
+class RewardSet:
+    """Rewards by name.
+
+    Args:
+        rewards: name -> reward.
+        devices: name -> where it runs; None takes the reward's own, else that of `setup`.
+        time_limits: name -> seconds for scoring a batch; None, or not named: for ever.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        devices: Mapping[str, str | None],
+        time_limits: Mapping[str, float | None] | None = None,
+    ) -> None:
+        self.rewards = rewards
+        self.devices = devices
+        self._limits = {name: TimeLimit(limit) for name, limit in (time_limits or {}).items() if limit is not None}
+        self._devices: dict[str, torch.device] = {}
+        self._prompts: dict[str, dict[str, None]] = {name: {} for name in rewards}  # different ones, in their order
+
+    def check(self, name: str, prompt: str, metadata: Metadata) -> None:
+        """Raises ConfigurationError if a reward cannot score this prompt."""
+        check_prompt(name, self.rewards[name], prompt, metadata)
+        self._prompts[name][prompt] = None
+
+    def fetch(self) -> None:
+        """Fetches all weights into the cache; raises ConfigurationError for a device that is not here."""
+        for name, reward in self.rewards.items():
+            if own := self.devices[name] or reward.device:
+                check_device(name, own)
+            with guarded(name, reward, "cannot fetch its weights", "it fetches its weights"):
+                reward.fetch()
+
+    def setup(self, device: torch.device) -> None:
+        """Sets up each reward on its own device, or on `device`; raises RewardError if one cannot be."""
+        for name, reward in self.rewards.items():
+            own = torch.device(self.devices[name] or reward.device or device)
+            self._devices[name] = device if own == torch.device(device.type) else own  # "cuda" is the flow's own
+            where = f"set up on {self._devices[name]}"
+            with guarded(name, reward, f"cannot be {where}", f"it is being {where}"):
+                reward.setup(self._devices[name])
+            self._warn_of_truncated(name, reward)
+
+    def _warn_of_truncated(self, name: str, reward: Reward) -> None:
+        """One warning, if a reward reads only the beginning of some of the prompts that were checked for it."""
+        prompts = list(self._prompts[name])
+        self._prompts[name].clear()
+        with guarded(name, reward, "cannot count the tokens of prompts", "it counts the tokens of prompts"):
+            count = reward.count_truncated(prompts) if prompts else 0
+        if count and _is_first_process():
+            warnings.warn(
+                f"reward {name!r} ({describe(reward)}): {count} of {len(prompts)} different prompts are longer than it "
+                f"reads, and their ends do not count in its scores ({reward.needs or 'shorten them'})",
+                stacklevel=2,
+            )
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        drop: bool,
+        rows: Mapping[str, Sequence[int]],
+    ) -> dict[str, Tensor]:
+        """Scores a batch; see `RewardMix.__call__`.
+
+        Args:
+            images: [N, 3, H, W].
+            prompts: N strings.
+            metadata: N mappings.
+            drop: whether a failure is told by a warning, and marked by NaN.
+            rows: name -> those that it scores; the others are NaN.
+        """
+        here, elsewhere = self._by_thread(images.device)
+
+        def score(names: Sequence[str]) -> dict[str, Tensor]:
+            return {name: self._score_rows(name, images, prompts, metadata, drop, rows[name]) for name in names}
+
+        if not elsewhere:
+            return score(here)
+        pending = [start(partial(score, names)) for names in elsewhere]
+        try:
+            scores = score(here)
+        except Exception:
+            wait(pending)  # a caller may use its images again; ctrl-C does not wait
+            raise
+        wait(pending)
+        for future in pending:
+            scores |= future.result()
+        return {name: scores[name] for name in self.rewards}
+
+    def _by_thread(self, device: torch.device) -> tuple[list[str], list[list[str]]]:
+        """Names of the rewards that run on the images' device, and those of each other thread."""
+        here: list[str] = []
+        elsewhere: dict[object, list[str]] = {}
+        for name in self.rewards:
+            own = self._devices.get(name, device)
+            if own == device:
+                here.append(name)
+            else:
+                elsewhere.setdefault(name if own.type == "cpu" else own, []).append(name)
+        return here, list(elsewhere.values())
+
+    def _score_rows(
+        self,
+        name: str,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        drop: bool,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """One reward's scores of some rows of the batch; NaN for the others."""
+        if len(rows) == len(images):
+            return self._score(name, images, prompts, metadata, drop)
+        scores = _no_scores(len(images))
+        if rows:
+            chosen = list(rows)
+            try:
+                scores[chosen] = self._score(
+                    name, images[chosen], [prompts[row] for row in rows], [metadata[row] for row in rows], drop
+                )
+            except RewardError as error:
+                error.row = None if error.row is None else rows[error.row]
+                raise
+        return scores
+
+    def _score(
+        self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], drop: bool
+    ) -> Tensor:
+        """One reward's scores; those of a batch that fails one by one, to know which image it is."""
+        try:
+            return self._score_batch(name, images, prompts, metadata)
+        except _OverdueRewardError as error:  # it may still be running: it is not asked again for each image
+            if not drop:
+                raise
+            warnings.warn(f"dropped, with their pairs: {len(images)} images: {error}", stacklevel=2)
+            return _no_scores(len(images))
+        except RewardError as error:
+            failed = error
+        scores, failures = [], 0
+        for row, (prompt, facts) in enumerate(zip(prompts, metadata, strict=True)):
+            try:
+                if failures == MAX_FAILURES:
+                    raise failed
+                scores.append(self._score_batch(name, images[row : row + 1], [prompt], [facts]))
+                failures = 0
+            except RewardError as error:
+                failures += failures < MAX_FAILURES
+                if not drop:
+                    located = RewardError(f"prompt {prompt!r}: {failed}")
+                    located.row = row
+                    raise located from error
+                warnings.warn(f"dropped, with its pair: prompt {prompt!r}: {error}", stacklevel=2)
+                scores.append(_no_scores(1))
+        if not drop:
+            raise failed
+        return torch.cat(scores)
+
+    def _score_batch(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """One reward's scores, within its time limit."""
+        reward, device = self.rewards[name], self._devices.get(name, images.device)
+        call = partial(score_images, name, reward, device, images, prompts, metadata)
+        limit = self._limits.get(name)
+        if limit is None:
+            return call()
+        try:
+            return limit(call)
+        except OverdueError as error:
+            raise _OverdueRewardError(*overdue(name, reward, len(images), limit.seconds, str(error)).args) from error
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _no_scores(count: int) -> Tensor:
+    return torch.full((count,), torch.nan, dtype=torch.float64)

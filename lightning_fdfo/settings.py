@@ -1,0 +1,126 @@
+"""One check for the numbers in settings: finite, and in their range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.objective import Normalization
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raises ConfigurationError unless a setting is a finite number in its range.
+
+    Args:
+        name: of the setting, as a configuration names it.
+        value: its value.
+        above: it must be larger than this.
+        at_least: it must not be smaller than this.
+        below: it must be smaller than this.
+
+    Raises:
+        ConfigurationError: it is NaN, infinite or out of range.
+
+    Example:
+        >>> check_number("sampling.churn", 0.1, at_least=0)
+        >>> check_number("sampling.churn", float("nan"), at_least=0)
+        Traceback (most recent call last):
+        ...
+        lightning_fdfo.errors.ConfigurationError: sampling.churn: expected a finite number of at least 0, got nan
+    """
+    if math.isfinite(value) and above < value < below and value >= at_least:
+        return
+    bounds = [(above, "above"), (at_least, "of at least"), (below, "below")]
+    said = " and ".join(f"{word} {bound:g}" for bound, word in bounds if math.isfinite(bound))
+    raise ConfigurationError(f"{name}: expected a finite number{' ' * bool(said)}{said}, got {value}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `test` computes beside rewards, metrics and image statistics.
+
+    Args:
+        base: also paints with the base model, from the same latents: its numbers, the differences, and win rates. Where
+            the whole transformer was trained, the base's weights wait on the CPU.
+        diversity: what embeds images, to tell how far those of a prompt are from each other: any CLIP of transformers,
+            a hub name or a folder, such as `openai/clip-vit-large-patch14`; or `dreamsim`, if that package is
+            installed. None leaves diversity out.
+        confidence: of the win rates' intervals, in (0, 1).
+        num_resamples: of their bootstrap.
+
+    Raises:
+        ConfigurationError: a setting out of its range.
+    """
+
+    base: bool = True
+    diversity: str | None = None
+    confidence: float = 0.95
+    num_resamples: int = 9999
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1 or self.num_resamples < 1:
+            raise ConfigurationError(f"evaluation: expected 0 < confidence < 1 and num_resamples >= 1, got {self}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Settings of the objective.
+
+    Args:
+        clip_range: > 0; how far a ratio may leave 1 before it is pulled back. With `updates_per_epoch: 1` it has no
+            effect: the ratio of an epoch's first update is 1, but for rounding and a LoRA's dropout.
+        normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
+        kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
+
+    Raises:
+        ConfigurationError: a number out of its range, or not finite.
+    """
+
+    clip_range: float = 0.03
+    normalization: Normalization = "mean_square"
+    kl_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("objective.clip_range", self.clip_range, above=0)
+        check_number("objective.kl_weight", self.kl_weight, at_least=0)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are painted, in rollouts and in validation.
+
+    Args:
+        num_steps: T, steps of the sampler.
+        height: of an image, pixels.
+        width: of an image, pixels.
+        churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
+        initial_churn: the same for the initial latents; None takes `churn`.
+        guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
+        rollout_batch_size: pairs a forward, on each device; sets memory only.
+
+    Raises:
+        ConfigurationError: a count or size below 1, a negative churn, or a number that is not finite.
+    """
+
+    num_steps: int = 40
+    height: int = 512
+    width: int = 512
+    churn: float = 0.0025
+    initial_churn: float | None = None
+    guidance_scale: float = 1.0
+    rollout_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "height", "width", "rollout_batch_size"):
+            check_number(f"sampling.{name}", getattr(self, name), at_least=1)
+        check_number("sampling.churn", self.churn, at_least=0)
+        check_number("sampling.initial_churn", self.initial_churn or 0, at_least=0)
+        check_number("sampling.guidance_scale", self.guidance_scale)

@@ -1,0 +1,39 @@
+"""What a run says of its model and its rewards before its first number: a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_fdfo.reward.term import RewardTerm
+
+
+def describe_model(flow: object) -> str:
+    """One line on a base model, known before it is loaded.
+
+    Example:
+        >>> from lightning_fdfo.flows import StableDiffusion3
+        >>> describe_model(StableDiffusion3("tiny-digits", max_sequence_length=0))
+        'Model: tiny-digits (StableDiffusion3)'
+    """
+    pretrained, kind = getattr(flow, "pretrained", None), type(flow).__name__
+    if pretrained is None:
+        return f"Model: {kind}"
+    return f"Model: {Path(pretrained).name if Path(pretrained).is_dir() else pretrained} ({kind})"
+
+
+def describe_rewards(terms: Mapping[str, RewardTerm], metrics: Mapping[str, RewardTerm]) -> str:
+    """One line on a mixture and on what validation scores beside it.
+
+    Example:
+        >>> from lightning_fdfo.reward.term import parse_terms
+        >>> describe_rewards(parse_terms({"OCR": 1.0, "JPEGSize": {"reward": "JPEGSize", "weight": 0}}), {})
+        'Rewards: 1 OCR + 0 JPEGSize'
+    """
+    weights = [f"{_weight(term.weight)} {name}" for name, term in terms.items()]
+    beside = f"; in validation also {', '.join(metrics)}" if metrics else ""
+    return f"Rewards: {' + '.join(weights)}{beside}"
+
+
+def _weight(weight: object) -> str:
+    return f"{weight:g}" if isinstance(weight, int | float) else "scheduled"

@@ -1,0 +1,189 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lightning_fdfo import RewardMix, Sampling
+from lightning_fdfo.flows.generate import encode_prompts, paint
+from lightning_fdfo.objective import direction, half_differences
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.plan import BatchPlan
+from lightning_fdfo.rollout.points import RolloutLoader, choose_points, deal_points
+from tests.conftest import ToyFlow, brightness
+
+PROMPTS = [Prompt(text, "", {"row": row}, f"p:{row}") for row, text in enumerate(["a cat", "the dog", "some bird"])]
+SAMPLING = Sampling(num_steps=6, height=2, width=2, churn=0.2)
+CPU = torch.device("cpu")
+
+
+def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
+    flow = ToyFlow()
+    flow.load()
+    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    prompts = [PROMPTS[pair % 3] for pair in pairs]
+    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, batch_size=3)
+    return roll_out(flow, rewards, prompts, conditioning, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
+
+
+def judge(rollout):
+    return half_differences(rollout.scores["brightness"])
+
+
+def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
+    plan = BatchPlan.derive(
+        num_pairs=8,
+        updates_per_epoch=2,
+        num_steps=6,
+        num_points_per_pair=num_points,
+        batch_size=4,
+        world_size=world_size,
+    )
+
+    flow = ToyFlow()
+
+    def encode(prompts):
+        return encode_prompts(flow, prompts, 1.0, batch_size=2)
+
+    def run(prompts, conditioning, pairs):
+        if calls is not None:
+            calls.append(([p.text for p in prompts], list(pairs)))
+        expected = encode(prompts).tensors["embeds"]
+        assert torch.equal(conditioning.tensors["embeds"], expected)
+        return make_rollout(pairs)
+
+    return RolloutLoader(
+        encode,
+        run,
+        judge,
+        PROMPTS,
+        plan,
+        seed=0,
+        normalization="mean_square",
+        rank=rank,
+        chunk_size=chunk_size,
+        epoch=lambda: 0,
+    )
+
+
+def test_shapes_and_rest():
+    rollout = make_rollout()
+    assert rollout.trajectories.latents.shape == (8, 7, 3, 2, 2)
+    assert rollout.trajectories.velocities.shape == (8, 6, 3, 2, 2)
+    assert rollout.scores["brightness"].shape == (8,)
+    assert not rollout.trajectories.latents.requires_grad
+
+
+def test_without_churn_the_branches_are_one():
+    sampling = Sampling(num_steps=6, height=2, width=2, churn=0.0)
+    ends = make_rollout(sampling=sampling).trajectories.latents[:, -1]
+    assert torch.equal(half_differences(ends), torch.zeros_like(ends))
+
+
+@pytest.mark.parametrize("chunks", [[range(0, 1), range(1, 4)], [range(0, 2), range(2, 4)]])
+def test_a_rollout_does_not_depend_on_its_batch_size(chunks):
+    whole = make_rollout()
+    parts = [make_rollout(chunk) for chunk in chunks]
+    latents = torch.cat([part.trajectories.latents for part in parts])
+    torch.testing.assert_close(latents, whole.trajectories.latents, rtol=1e-5, atol=1e-6)
+    assert torch.equal(latents[:, 0], whole.trajectories.latents[:, 0])
+
+
+def test_epochs_and_seeds_differ():
+    starts = [make_rollout(seed=s, epoch=e).trajectories.latents[:, 0] for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 4, 12])
+def test_points_are_stratified_in_time_and_equally_likely(num_points):
+    counts = torch.zeros(2, 6)
+    for pair in range(2000):
+        chosen = choose_points(0, 0, pair, num_steps=6, num_points=num_points)
+        strata = (2 * chosen[:, 1] + chosen[:, 0]) * num_points // 12
+        assert sorted(strata.tolist()) == list(range(num_points))
+        counts[chosen[:, 0], chosen[:, 1]] += 1
+    share = counts / (2000 * num_points)
+    assert (share - 1 / 12).abs().max() < 0.03
+
+
+def test_batches_hold_what_the_rollout_saw():
+    rollout = make_rollout(range(8))
+    plan = BatchPlan(num_pairs=8, updates_per_epoch=1, points_per_pair=12, batch_size=96)
+    (batch,) = deal_points(rollout, judge(rollout), plan, seed=0, epoch=0, normalization="mean_square")
+    flow = ToyFlow()
+    flow.load()
+    with torch.no_grad():
+        replayed = flow.velocity(batch.latents, batch.sigma, batch.conditioning)
+    torch.testing.assert_close(replayed, batch.old_velocity)
+    ends = rollout.trajectories.latents[:, -1]
+    directions, differences = direction(half_differences(ends)), half_differences(rollout.scores["brightness"])
+    pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(differences, directions, strict=True)}
+    seen = [
+        (d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)
+    ]
+    assert set(seen) == pairs
+    assert all(seen.count(one) == 6 for one in pairs)
+
+
+def test_each_update_takes_equally_many_points_from_every_pair():
+    batches = list(make_loader())
+    assert len(batches) == len(make_loader()) == 8
+    for update in (batches[:4], batches[4:]):
+        absolute = torch.cat([batch.reward_difference.abs() for batch in update])
+        assert sorted(torch.unique(absolute, return_counts=True)[1].tolist()) == [2] * 8
+
+
+def test_two_devices_make_the_pairs_of_one():
+    alone, shared = [], []
+    list(make_loader(calls=alone, chunk_size=8))
+    for rank in range(2):
+        list(make_loader(rank=rank, world_size=2, calls=shared, chunk_size=8))
+    assert ([t for texts, _ in shared for t in texts], [p for _, pairs in shared for p in pairs]) == alone[0]
+
+
+def test_validation_images_are_fixed_and_without_churn():
+    flow = ToyFlow()
+    flow.load()
+    images = paint(flow, PROMPTS, [0, 1, 2], seed=0, sampling=SAMPLING, device=CPU)
+    again = paint(
+        flow, PROMPTS[2:], [2], seed=0, sampling=Sampling(num_steps=6, height=2, width=2, churn=9), device=CPU
+    )
+    torch.testing.assert_close(images[2:], again)
+    assert images.shape == (3, 3, 2, 2)
+
+
+class CountingFlow(ToyFlow):
+    """Notes when its text encoders are on the device, and what is encoded then."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    @contextmanager
+    def encoding(self):
+        self.log.append("open")
+        yield
+        self.log.append("closed")
+
+    def encode(self, prompts, negative_prompts=None):
+        self.log.append((len(prompts), negative_prompts))
+        return super().encode(prompts)
+
+
+def test_texts_are_encoded_while_the_encoders_are_there_and_negatives_only_for_guidance():
+    flow = CountingFlow()
+    assert len(encode_prompts(flow, PROMPTS, 1.0, batch_size=2)) == 3
+    encode_prompts(flow, PROMPTS[:1], 2.0, batch_size=2)
+    assert flow.log == ["open", (2, None), (1, None), "closed", "open", (1, [""]), "closed"]
+
+
+class EmbeddedFlow(CountingFlow):
+    guidance = "embedded"
+
+
+def test_embedded_guidance_needs_no_negatives():
+    flow = EmbeddedFlow()
+    encode_prompts(flow, PROMPTS[:1], 3.5, batch_size=2)
+    assert flow.log == ["open", (1, None), "closed"]
