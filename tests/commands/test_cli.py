@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import yaml
 
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.flows import DiffusersFlow
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -40,6 +40,7 @@ def fit_arguments(folder, *more):
 
 
 def run(*arguments, optimise=False, check=True):
+    """By Python itself, with all that its start brings."""
     line = command(*arguments)
     if optimise:
         line.insert(1, "-O")
@@ -62,7 +63,7 @@ def weights(folder):
 def whole(tmp_path_factory):
     """Six epochs without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    run(*fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=6"))
+    processes.run_well(fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=6"))
     return folder / "run"
 
 
@@ -79,22 +80,20 @@ def test_a_run_leaves_its_record(whole):
 def test_kill_and_resume_is_no_stop_to_the_bit(whole, tmp_path):
     """kill -9 in the middle of an epoch, then --ckpt_path last; callbacks are the shipped ones."""
     arguments = fit_arguments(tmp_path / "run", *SMALL, "--trainer.max_epochs=6")
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, env=environment, **silent)
+    process = processes.start(arguments, (os.devnull, os.devnull))
     try:
         deadline = time.monotonic() + 300
         while not (tmp_path / "run/pairs/epoch=002.csv").exists():  # by PairLog, once the third epoch is rolled out
-            assert process.poll() is None, "ended before it was killed"
+            assert process.is_alive(), "ended before it was killed"
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert last(tmp_path / "run")["epoch"] in (1, 2, 3)
     begun = len(list((tmp_path / "run/pairs").glob("*.csv")))
     assert begun - 1 <= last(tmp_path / "run")["epoch"] + 1 <= begun, "no more than an epoch is done again"
-    run(*arguments, "--ckpt_path=last")
+    processes.run_well([*arguments, "--ckpt_path=last"])
     assert lora(tmp_path / "run") == lora(whole)
     resumed, undisturbed = weights(tmp_path / "run"), weights(whole)
     assert set(resumed) == set(undisturbed)
@@ -143,7 +142,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
-    result = run(*fit_arguments(whole, *SMALL), check=False)
+    result = processes.run(fit_arguments(whole, *SMALL))
     assert result.returncode == 2
     assert "holds a run already: go on with it by --ckpt_path last" in result.stderr
 
@@ -268,10 +267,10 @@ def test_a_mistake_on_two_devices_is_told_once(tmp_path, monkeypatch, option, me
 def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {num_pairs: 96, batch_size: 96}\ntrainer: {default_root_dir: from/overlay}\n")
-    result = run(
+    result = processes.run_well([
         "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--model.rewards.OCR", "0.3",
         "--print_config",
-    )  # fmt: skip
+    ])  # fmt: skip
     config = yaml.safe_load(result.stdout)
     assert config["model"]["num_pairs"] == 96
     assert config["model"]["rewards"] == {"OCR": 0.3}
@@ -283,8 +282,8 @@ def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
 def test_validate_alone(tmp_path):
     prompts = tmp_path / "val.txt"
     prompts.write_text('"427" in red\n"12" in blue\n')
-    result = run(
+    result = processes.run_well([
         "validate", "--config", "configs/quickstart.yaml", f"--data.val={prompts}",
         f"--trainer.default_root_dir={tmp_path}/run", *SMALL,
-    )  # fmt: skip
+    ])  # fmt: skip
     assert "val/JPEGSize" in result.stdout

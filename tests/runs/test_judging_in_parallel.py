@@ -1,18 +1,14 @@
 """`test` and `predict` on two processes (gloo) give what one gives, and count each image once."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import processes
 from tests.rewards import hub_folders
 
-ROOT = Path(__file__).parents[2]
 WAYS = {
     "ddp": ["--trainer.devices=2", "--config=configs/ddp.yaml", "--trainer.devices=2"],
     "fsdp2": ["--config=configs/fsdp2.yaml", "--trainer.devices=2"],
@@ -33,14 +29,6 @@ def arguments(tmp_path_factory):
     ]  # fmt: skip
 
 
-def run(command, *arguments):
-    line = [sys.executable, "-m", "lightning_fdfo", command, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two devices' threads would wait for each other
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
-
-
 def trained(arguments, folder, *more):
     """A checkpoint after an epoch with large steps."""
     fit = [
@@ -48,7 +36,8 @@ def trained(arguments, folder, *more):
         "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=100", "--trainer.logger=false",
         "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 3.0}}",
     ]  # fmt: skip
-    run("fit", *arguments, *fit, *more, "--trainer.callbacks=null", f"{ROOT_DIR}={folder / 'fit'}")
+    words = ["fit", *arguments, *fit, *more, "--trainer.callbacks=null", f"{ROOT_DIR}={folder / 'fit'}"]
+    processes.run_well(words)
     return folder / "fit/checkpoints/last.ckpt"
 
 
@@ -79,7 +68,8 @@ def test_two_processes_give_the_numbers_and_images_of_one(arguments, tmp_path, w
     for name, devices in (("one", []), ("two", WAYS[way])):
         for command in ("test", "predict"):
             options = [f"{ROOT_DIR}={tmp_path / name}", f"--ckpt_path={saved}", "--trainer.callbacks=null"]
-            result = run(command, *arguments, *more, *options, *devices)
+            words = [command, *arguments, *more, *options, *devices]
+            result = processes.run_well(words, devices=1 if name == "one" else 2)
             assert result.stdout.count("Written to" if command == "test" else "9 images are in") == 1
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert abs(one["Colorfulness", "difference", "mean"]) > 1e-3, "it was trained"

@@ -3,16 +3,13 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests import processes
+
 EPOCHS = 3
 PROMPTS = [
     {"prompt": '"12" in red', "rewards": {"OCR": 1, "colors": 0.5, "dark": 1}},
@@ -75,10 +72,7 @@ def fit(folder, *more, devices=1):
         2: ["--model.batch_size=8", "--config=configs/ddp.yaml", "--trainer.devices=2"],
     }
     arguments = ["--config=configs/quickstart.yaml", f"--config={overlay(folder)}", *ways[devices], *more]
-    line = [sys.executable, "-m", "lightning_fdfo", "fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two devices' threads would wait for each other
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    processes.run_well(["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices)
     return folder / "run"
 
 

@@ -1,8 +1,5 @@
 """One, two processes, sharded or not: the same run, stopped and gone on with on any of them. On the CPU, by gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.parallel import check_strategy
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
@@ -103,10 +101,9 @@ def overlay(folder, lora):
 
 def fit(folder, way, *more, lora=True):
     arguments = ["--config", "configs/quickstart.yaml", "--config", str(overlay(folder, lora)), *WAYS[way], *more]
-    line = [sys.executable, "-m", "lightning_fdfo", "fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # two devices' threads would wait for each other
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    processes.run_well(
+        ["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices=1 if way == "one" else 2
+    )
     return folder
 
 
