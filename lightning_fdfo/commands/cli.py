@@ -32,13 +32,13 @@ from lightning_fdfo.checkpoints.resumed_settings import check_optimizer
 from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.checkpoints.run_owner import MARK, RunOwner
 from lightning_fdfo.commands import exit_code
-from lightning_fdfo.commands.building import Builder, check_names, check_seed, left_out, refusal
 from lightning_fdfo.commands.ckpt_path import find_lora
+from lightning_fdfo.commands.configuration.building import Builder, check_names, check_seed, left_out, refusal
+from lightning_fdfo.commands.configuration.kept_arguments import changed_classes
+from lightning_fdfo.commands.configuration.mixture_arguments import with_changes
+from lightning_fdfo.commands.configuration.parse_errors import explain
+from lightning_fdfo.commands.configuration.relative_paths import resolve_paths
 from lightning_fdfo.commands.console import quiet_libraries
-from lightning_fdfo.commands.kept_arguments import changed_classes
-from lightning_fdfo.commands.mixture_arguments import with_changes
-from lightning_fdfo.commands.parse_errors import explain
-from lightning_fdfo.commands.relative_paths import resolve_paths
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.guards.slurm_requeue import SLURMRequeue, is_requeued

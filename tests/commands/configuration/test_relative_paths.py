@@ -3,7 +3,7 @@
 import pytest
 from jsonargparse import Namespace
 
-from lightning_fdfo.commands.relative_paths import resolve_paths
+from lightning_fdfo.commands.configuration.relative_paths import resolve_paths
 from lightning_fdfo.errors import ConfigurationError
 
 

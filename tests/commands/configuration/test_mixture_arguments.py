@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from lightning_fdfo.commands.cli import FDFOCLI, main
-from lightning_fdfo.commands.mixture_arguments import changed, split_arguments
+from lightning_fdfo.commands.configuration.mixture_arguments import changed, split_arguments
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LONG = {
     "OCR": {"reward": "OCR", "weight": 1.0, "scale": "std", "clip": 3},
     "small": {
