@@ -1,9 +1,10 @@
-"""Files and folders that are complete or as they were: written aside, then renamed."""
+"""Files and folders that are complete or as they were: written aside, then renamed; which process writes them."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,23 @@ def write_text(target: str | Path, text: str) -> None:
     """Writes a text file, in UTF-8: it is complete, or as it was; see `atomic_path`."""
     with atomic_path(target) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints what all processes of a run have.
+
+    torch.distributed knows once processes are connected, and Lightning's rank before that. Neither library is imported
+    here: without them there is one process.
+
+    Example:
+        >>> is_first_process()
+        True
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    lightning = sys.modules.get("lightning_utilities.core.rank_zero")
+    return getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0)
 
 
 def _beside(target: Path) -> Path:

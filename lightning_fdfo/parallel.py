@@ -86,11 +86,6 @@ def reshard(transformer: Module) -> None:
             module.reshard()
 
 
-def is_first_process() -> bool:
-    """Whether this process writes what all have."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without their shards, on the CPU; each process must call it with the same names.
 

@@ -8,10 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.files import atomic_path
+from lightning_fdfo.files import atomic_path, is_first_process
 from lightning_fdfo.finite import check_trained
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.parallel import is_first_process
 from lightning_fdfo.training.ema import EMA
 
 

@@ -75,9 +75,10 @@ class FDFOArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints what is wrong and exits with 2; a settings object's own words take the place of the parser's."""
-        said = exit_code.one_line(_own_words(ex) or explain(self, message))
+        message = exit_code.one_line(_own_words(ex) or explain(self, message))
         given = any(word.partition("=")[0] in ("--config", "-c") for word in sys.argv)
-        exit_code.end(exit_code.Told(said if given else f"{said} (no configuration was given: --config FILE)"))
+        text = message if given else f"{message} (no configuration was given: --config FILE)"
+        exit_code.end(exit_code.ErrorReport(text))
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Builds what a configuration names; what a class refuses is one line."""
@@ -318,10 +319,10 @@ class FDFOCLI(LightningCLI):
         return built
 
 
-@exit_code.told.register
-def _misconfiguration(error: MisconfigurationException) -> exit_code.Told:
+@exit_code.error_report.register
+def _misconfiguration(error: MisconfigurationException) -> exit_code.ErrorReport:
     """Lightning's own word for what the user can mend."""
-    return exit_code.Told(exit_code.one_line(error))
+    return exit_code.ErrorReport(exit_code.one_line(error))
 
 
 def _own_words(error: BaseException | None) -> ConfigurationError | None:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+PACKAGE = Path(__file__).parents[1]
 NOISE = re.compile(
     r"💡 Tip|(GPU|TPU) available: False|Seed set to|`Trainer.fit` stopped: `max_epochs|Restoring states from"
     r"|`weights_only` was not set"
@@ -57,7 +58,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of this package's as a line; one of another's with its place in the code."""
-    if Path(__file__).parent in Path(filename).parents:
+    if PACKAGE in Path(filename).parents:
         return f"warning: {message}\n"
     return _format_with_place(message, category, filename, lineno, line)
 

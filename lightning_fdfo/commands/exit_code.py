@@ -15,62 +15,63 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from lightning_fdfo.commands.author_lines import author_lines
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
+from lightning_fdfo.files import is_first_process
 
 T = TypeVar("T")
 
 
-class Told(NamedTuple):
-    """What is said of an error."""
+class ErrorReport(NamedTuple):
+    """What is printed of an error, and how the process ends."""
 
     text: str
     """For standard error; see `one_line`."""
     code: int = 2
     """Of the process: 2 for what the user can mend before a run, other numbers for what ended one; 3 for a reward."""
-    by_all: bool = False
-    """False if all processes raise it alike, and the first one tells it; True if perhaps one alone does."""
+    from_every_process: bool = False
+    """True if perhaps one process alone has failed; False if all fail alike, and the first one speaks for them."""
 
 
 @singledispatch
-def told(error: BaseException) -> Told | None:
-    """What is said of an error instead of its traceback; None keeps the traceback.
+def error_report(error: BaseException) -> ErrorReport | None:
+    """What is printed of an error instead of its traceback; None keeps the traceback.
 
-    Another kind of error is a function more: `@told.register`.
+    Another kind of error is another function: `@error_report.register`.
 
     Example:
-        >>> told(ConfigurationError("num_pairs: expected at least 1, got 0"))
-        Told(text='error: num_pairs: expected at least 1, got 0', code=2, by_all=False)
-        >>> told(KeyError("a bug")) is None
+        >>> error_report(ConfigurationError("num_pairs: expected at least 1, got 0"))
+        ErrorReport(text='error: num_pairs: expected at least 1, got 0', code=2, from_every_process=False)
+        >>> error_report(KeyError("a bug")) is None
         True
     """
     return None
 
 
-@told.register
-def _configuration(error: ConfigurationError) -> Told:
-    return Told(one_line(error))
+@error_report.register
+def _configuration(error: ConfigurationError) -> ErrorReport:
+    return ErrorReport(one_line(error))
 
 
-@told.register
-def _reward(error: RewardError) -> Told:
+@error_report.register
+def _reward(error: RewardError) -> ErrorReport:
     lines = "".join(author_lines(error)).rstrip()
     text = f"{one_line(error)}\n{lines}" if lines else one_line(error)
-    return Told(text, code=3, by_all=True)  # a reward may fail for one device's images
+    return ErrorReport(text, code=3, from_every_process=True)  # a reward may fail for one device's images
 
 
-@told.register
-def _divergence(error: DivergenceError) -> Told:
-    return Told(one_line(error), code=1, by_all=True)  # one device's images alone may not be finite
+@error_report.register
+def _divergence(error: DivergenceError) -> ErrorReport:
+    return ErrorReport(one_line(error), code=1, from_every_process=True)  # one device's images alone may not be finite
 
 
-@told.register
-def _not_installed(error: ModuleNotFoundError) -> Told | None:
+@error_report.register
+def _not_installed(error: ModuleNotFoundError) -> ErrorReport | None:
     """A dependency of ours that is missing; another module's import that fails may be a plugin's, or a bug."""
     missing = (error.name or "").partition(".")[0]
     package = {"PIL": "pillow", "yaml": "pyyaml"}.get(missing, missing.replace("_", "-"))
     needed = {re.split(r"[^\w.-]", line)[0] for line in requires("lightning-fdfo") or () if "extra ==" not in line}
     if package not in needed:
         return None
-    return Told(f"error: {package} is not installed, and lightning-fdfo needs it: pip install {package}")
+    return ErrorReport(f"error: {package} is not installed, and lightning-fdfo needs it: pip install {package}")
 
 
 def one_line(error: object) -> str:
@@ -84,7 +85,7 @@ def one_line(error: object) -> str:
 
 
 def run(command: Callable[[], T]) -> T:
-    """Runs a command; an error that is `told` ends the process with its text and its code.
+    """Runs a command; an error that has a report ends the process with its text and its code.
 
     Args:
         command: without arguments.
@@ -97,23 +98,17 @@ def run(command: Callable[[], T]) -> T:
     """
     try:
         return command()
-    except KeyboardInterrupt:  # fit says more, see training/stop.py
-        end(Told("interrupted", 130))
+    except KeyboardInterrupt:  # fit says more, see guards/stop.py
+        end(ErrorReport("interrupted", 130))
     except Exception as error:
-        what = told(error)
-        if what is None:
+        report = error_report(error)
+        if report is None:
             raise
-        end(what)
+        end(report)
 
 
-def end(what: Told) -> NoReturn:
-    """Prints what is said, once for all processes, and ends this one."""
-    if what.by_all or _is_first_process():
-        print(what.text, file=sys.stderr)
-    raise SystemExit(what.code)
-
-
-def _is_first_process() -> bool:
-    """Lightning knows; commands that have not imported it run in one process."""
-    ranks = sys.modules.get("lightning_utilities.core.rank_zero")
-    return getattr(getattr(ranks, "rank_zero_only", None), "rank", None) in (None, 0)
+def end(report: ErrorReport) -> NoReturn:
+    """Prints a report, once for all processes that fail alike, and ends this one."""
+    if report.from_every_process or is_first_process():
+        print(report.text, file=sys.stderr)
+    raise SystemExit(report.code)

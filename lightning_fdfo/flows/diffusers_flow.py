@@ -26,6 +26,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import is_first_process
 from lightning_fdfo.finite import check_trained, first_not_finite
 from lightning_fdfo.flows.base import Conditioning, FlowModel
 from lightning_fdfo.flows.lora_file import LORA_FILE, adapter_metadata, sort_metadata
@@ -50,7 +51,7 @@ from lightning_fdfo.flows.registry import (
 )
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.hub import HUB_NAME, is_hubs, out_of_reach
-from lightning_fdfo.parallel import is_first_process, whole
+from lightning_fdfo.parallel import whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
 JOINT_ATTENTION = (

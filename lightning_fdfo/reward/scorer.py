@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import RewardError
+from lightning_fdfo.files import is_first_process
 from lightning_fdfo.reward.base import Metadata, Reward
 from lightning_fdfo.reward.call import check_device, check_prompt, guarded, overdue, score_images
 from lightning_fdfo.reward.origin import describe
@@ -77,7 +78,7 @@ class RewardSet:
         self._prompts[name].clear()
         with guarded(name, reward, "cannot count the tokens of prompts", "it counts the tokens of prompts"):
             count = reward.count_truncated(prompts) if prompts else 0
-        if count and _is_first_process():
+        if count and is_first_process():
             warnings.warn(
                 f"reward {name!r} ({describe(reward)}): {count} of {len(prompts)} different prompts are longer than it "
                 f"reads, and their ends do not count in its scores ({reward.needs or 'shorten them'})",
@@ -198,11 +199,6 @@ class RewardSet:
             return limit(call)
         except OverdueError as error:
             raise _OverdueRewardError(*overdue(name, reward, len(images), limit.seconds, str(error)).args) from error
-
-
-def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _no_scores(count: int) -> Tensor:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning_fdfo import LoRA, PromptDataModule, Reward, Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.commands.doctor import Examination, before_loading
+from lightning_fdfo.commands.doctor_probes import Finding
 from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
@@ -29,13 +30,13 @@ def examined(module, prompts_file, tmp_path):
     )
     data = PromptDataModule(str(prompts_file))
     findings = list(before_loading(module, data, trainer))
-    if all(finding.well for finding in findings):
+    if all(finding.ok for finding in findings):
         trainer.fit(module, data)
     return findings + examination.findings
 
 
 def faults(findings):
-    return [finding.text for finding in findings if not finding.well]
+    return [finding.text for finding in findings if not finding.ok]
 
 
 def test_a_healthy_run(toy_module, prompts_file, tmp_path):
@@ -192,7 +193,7 @@ def test_the_command_finds_a_healthy_run_healthy(config, tmp_path, capsys):
 def test_the_command_tells_faults_and_fails(config, capsys, options, message):
     assert run(["--config", config(**options)]) == 1
     output = capsys.readouterr().out
-    assert "FAULT" in output
+    assert "FAIL" in output
     assert message in output
     assert "1 fault" in output
 
@@ -208,11 +209,23 @@ def test_whatever_happens_what_was_found_before_is_told(config, capsys, monkeypa
     def explode(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("lightning_fdfo.commands.doctor.roll_out", explode)
+    monkeypatch.setattr("lightning_fdfo.commands.doctor_probes.roll_out", explode)
     assert run(["--config", config()]) == 1
     output = capsys.readouterr().out
     assert "estimated memory" in output
     assert "OutOfMemoryError: CUDA out of memory" in output
+
+
+def test_nothing_that_the_command_line_adds_for_a_run_is_left(config, monkeypatch):
+    left = []
+
+    def look(module, data, trainer, callbacks):
+        left.extend(type(callback) for callback in trainer.callbacks)
+        return [Finding(False, "no need to load the model")]
+
+    monkeypatch.setattr("lightning_fdfo.commands.doctor.before_loading", look)
+    assert run(["--config", config()]) == 1
+    assert [kind for kind in left if kind.__module__.startswith("lightning_fdfo.")] == [Examination]
 
 
 def test_a_runs_own_record_will_do(config, tmp_path, capsys):

@@ -55,7 +55,7 @@ def test_tensorboard(monkeypatch, capsys, tmp_path):
 
 
 def test_somebody_elses_module_keeps_its_traceback():
-    assert exit_code.told(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
-    assert exit_code.told(ModuleNotFoundError("No module named 'yaml'", name="yaml")).text.endswith(
+    assert exit_code.error_report(ModuleNotFoundError("No module named 'mine'", name="mine")) is None
+    assert exit_code.error_report(ModuleNotFoundError("No module named 'yaml'", name="yaml")).text.endswith(
         "pip install pyyaml"
     )
