@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -27,12 +26,12 @@ from lightning_fdfo.checkpoints.checkpoint_io import check_settings, check_weigh
 from lightning_fdfo.checkpoints.resumed_settings import ResumedSettings
 from lightning_fdfo.checkpoints.run_owner import RunOwner
 from lightning_fdfo.data import IndexedPrompt
-from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
+from lightning_fdfo.errors import ConfigurationError, DivergenceError
 from lightning_fdfo.evaluation.comparison import Comparison, Painted, Row
 from lightning_fdfo.evaluation.embedders import named_embedder
 from lightning_fdfo.finite import check_saved, check_trained
-from lightning_fdfo.flows.base import Conditioning, FlowModel
-from lightning_fdfo.flows.generate import encode_prompts, paint
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.generate import paint
 from lightning_fdfo.flows.lora import LoRA, dropout_layers
 from lightning_fdfo.flows.lora_contents import check_lora_file, describe_lora
 from lightning_fdfo.guards.capacity import check_capacity
@@ -46,20 +45,17 @@ from lightning_fdfo.guards.module import (
     read_safely,
     say_where_it_begins,
 )
-from lightning_fdfo.guards.stop import stop_if_asked
 from lightning_fdfo.guards.trainer import check_accumulation, guard
 from lightning_fdfo.objective import velocity_divergence, velocity_objective
-from lightning_fdfo.parallel import check_strategy, parallelize, whole
+from lightning_fdfo.parallel import all_sum, check_strategy, parallelize, whole
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import check_route, is_for, routes
-from lightning_fdfo.rollout.metrics import rollout_metrics
-from lightning_fdfo.rollout.pairs import Rollout, roll_out
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import RolloutLoader, TrajectoryPoints
-from lightning_fdfo.rollout.progress_bar import rollout_bar
-from lightning_fdfo.rollout.scores import Judgement, gather, judge, own_rows
+from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Evaluation, Objective, Sampling, check_number
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
@@ -161,9 +157,9 @@ class FDFOModule(LightningModule):
         self._adopted: Path | None = None  # the LoRA file that it was loaded with
         self._texts: list[Prompt] = []
         self._dropouts: list[nn.Module] = []
-        self._rollout_metrics: dict[str, float] = {}
         self._logged: set[str] = set()
-        self.judgement: Judgement | None = None  # of the last rollout, for callbacks
+        self.collector: RolloutCollector | None = None
+        """The training loader, with scores and numbers of the last rollout; None before `fit`."""
         self._unjudged: set[str] = set()
         self.num_updates = 0
         """Optimiser steps of this `fit`, with those that were skipped because their gradient was not finite."""
@@ -171,7 +167,6 @@ class FDFOModule(LightningModule):
         self._skipped_in_a_row = 0
         self.has_trained = False
         """Whether an earlier `fit`, or a checkpoint, has left its weights here."""
-        self._training_started = 0.0
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
         taken = {"reward"} & set(self.rewards.terms)
@@ -414,79 +409,21 @@ class FDFOModule(LightningModule):
 
     # Rollouts
 
-    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutLoader:
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutCollector:
         """The training loader: each epoch it rolls out pairs of `prompts` and yields their points."""
-        return RolloutLoader(
-            self.encode,
-            self._roll_out,
-            self._judge,
+        self.collector = RolloutCollector(
+            self.flow,
+            self.rewards,
             prompts,
             self.plan,
+            self.sampling,
+            Devices(self.trainer),
             seed=self.seed,
             normalization=self.objective.normalization,
-            rank=self.trainer.global_rank,
-            chunk_size=self.sampling.rollout_batch_size,
-            epoch=lambda: self.current_epoch,
-            track=partial(rollout_bar, self.trainer),
+            on_reward_error=self.on_reward_error,
+            max_dropped=self.max_dropped,
         )
-
-    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
-        """Conditioning of prompts, on the CPU, in the trainer's precision."""
-        with self.trainer.precision_plugin.forward_context():
-            scale, batch_size = self.sampling.guidance_scale, self.sampling.rollout_batch_size
-            return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
-
-    def _roll_out(self, prompts: Sequence[Prompt], conditioning: Conditioning, pairs: Sequence[int]) -> Rollout:
-        stop_if_asked(self.trainer)
-        with self.trainer.precision_plugin.forward_context():
-            return roll_out(
-                self.flow,
-                self.rewards,
-                prompts,
-                conditioning,
-                pairs,
-                seed=self.seed,
-                epoch=self.current_epoch,
-                sampling=self.sampling,
-                device=self.device,
-                drop=self.on_reward_error == "drop_pair",
-            )
-
-    def _judge(self, rollout: Rollout) -> Tensor:
-        """Half differences of the mixture's total, once every device's pairs have told the scales.
-
-        Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
-        num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
-        """
-        scored = gather(rollout, self.num_pairs, self.all_sum)
-        kept = int(scored.whole.sum())
-        dropped = 1 - kept / self.num_pairs
-        if dropped > self.max_dropped:
-            raise RewardError(
-                f"rewards failed for {self.num_pairs - kept} of {self.num_pairs} pairs of epoch "
-                f"{self.current_epoch}, max_dropped is {self.max_dropped:.0%}; the warnings above name them"
-            )
-        self.judgement = judge(scored, self.rewards, self.current_epoch)
-        self._rollout_metrics = rollout_metrics(self.judgement, self.rewards, self.current_epoch)
-        self._rollout_metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
-        self._show(rollout)
-        if self.on_reward_error == "drop_pair":
-            self._rollout_metrics["reward/dropped"] = dropped
-        self._training_started = time.perf_counter()
-        difference = self.judgement.difference[own_rows(rollout.pairs)]
-        return difference * (self.num_pairs / kept) if dropped else difference
-
-    def _show(self, rollout: Rollout) -> None:
-        """Calls `on_rollout_end(trainer, pl_module, rollout)` of callbacks that have it, with this device's pairs."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            look = getattr(callback, "on_rollout_end", None)
-            if look is not None:
-                look(self.trainer, self, rollout)
-
-    def all_sum(self, values: Tensor) -> Tensor:
-        """The sum over devices, on the CPU."""
-        reduced: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum").cpu()
-        return reduced
+        return self.collector
 
     # Training
 
@@ -495,9 +432,10 @@ class FDFOModule(LightningModule):
         if batch_idx == 0:
             drift = {"train/drift": self._drift(batch)} if self.lora is not None else {}
             check_accumulation(self.trainer, self.plan)
-            self._log_epoch(self._rollout_metrics | drift, 1)
+            metrics = cast(RolloutCollector, self.collector).metrics
+            self._log_epoch(metrics | drift, 1)
             if not self.trainer.barebones:
-                self.log("mean_reward", self._rollout_metrics["reward/mean"], prog_bar=True, logger=False)
+                self.log("mean_reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self._switch_dropout(True)
 
     def _drift(self, batch: TrajectoryPoints) -> Tensor:
@@ -507,7 +445,7 @@ class FDFOModule(LightningModule):
         left, size = (
             velocity_divergence(velocity, base).sum() for velocity in (batch.old_velocity, torch.zeros_like(base))
         )
-        sums = self.all_sum(torch.stack([left, size])).double()  # on the CPU: not every device has float64
+        sums = all_sum(self.trainer, torch.stack([left, size])).double()  # on the CPU: not every device has float64
         return (sums[0] / sums[1]).sqrt().float()
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
@@ -586,7 +524,8 @@ class FDFOModule(LightningModule):
         self._switch_dropout(False)
         if self.trainer.is_last_batch:
             points = self.plan.num_pairs * self.plan.points_per_pair
-            self._log_epoch({"train/points_per_second": points / (time.perf_counter() - self._training_started)}, 1)
+            seconds = time.perf_counter() - cast(RolloutCollector, self.collector).end
+            self._log_epoch({"train/points_per_second": points / seconds}, 1)
 
     def on_train_epoch_end(self) -> None:
         """Writes the epoch's numbers to the loggers: here, for Lightning would do it after the epoch's checkpoint.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, distributed
@@ -112,3 +113,10 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
     everywhere: list[Sequence[float]] = [[]] * distributed.get_world_size()
     distributed.all_gather_object(everywhere, list(values))
     return [sum(column) for column in zip(*everywhere, strict=True)]
+
+
+def all_sum(trainer: Trainer, values: Tensor) -> Tensor:
+    """The sum of a tensor over the trainer's devices, on the CPU; each process must call it."""
+    strategy = trainer.strategy
+    reduced: Tensor = strategy.reduce(values.to(strategy.root_device), reduce_op="sum").cpu()
+    return reduced

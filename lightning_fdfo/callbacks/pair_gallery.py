@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image, ImageDraw
@@ -11,9 +13,9 @@ from lightning_fdfo.callbacks.captions import PAPER, draw_lines, line_height, wr
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, pixels, save_image
 from lightning_fdfo.checkpoints.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.rollout.pairs import Rollout
-from lightning_fdfo.rollout.scores import Judgement, own_rows
+from lightning_fdfo.rollout.scores import EpochScores, own_rows
 
 WIDTH = 320
 """Pixels that a pair is enlarged to at least, so that its caption can be read."""
@@ -54,16 +56,17 @@ class PairGallery(Callback):
         self.columns = columns
 
     @torch.no_grad()
-    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+    def on_rollout_end(
+        self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout, scores: EpochScores
+    ) -> None:
         """Draws, on the first process."""
         if trainer.current_epoch % self.every_n_epochs or not trainer.is_global_zero:
             return
-        flow: FlowModel = pl_module.flow  # type: ignore[assignment]
-        judgement: Judgement = pl_module.judgement  # type: ignore[assignment]
+        flow = cast(FDFOModule, pl_module).flow
         own = own_rows(rollout.pairs)[::2]
-        parts = {name: part[own] for name, part in judgement.parts.items()}
-        whole = judgement.whole[list(rollout.pairs)].nonzero().flatten()
-        chosen = whole[spread(judgement.difference[own][whole].abs(), self.num_pairs)]
+        parts = {name: part[own] for name, part in scores.parts.items()}
+        whole = scores.whole[list(rollout.pairs)].nonzero().flatten()
+        chosen = whole[spread(scores.difference[own][whole].abs(), self.num_pairs)]
         with trainer.precision_plugin.forward_context():
             ends = rollout.trajectories.latents[:, -1]
             rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()

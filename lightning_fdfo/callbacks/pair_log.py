@@ -13,8 +13,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.rollout.pairs import Rollout
-from lightning_fdfo.rollout.points import RolloutLoader
-from lightning_fdfo.rollout.scores import Judgement
+from lightning_fdfo.rollout.scores import EpochScores
 
 
 class PairLog(Callback):
@@ -44,15 +43,14 @@ class PairLog(Callback):
         if not isinstance(pl_module, FDFOModule):
             raise ConfigurationError(f"PairLog: expected an FDFOModule, got {type(pl_module).__name__}")
 
-    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+    def on_rollout_end(
+        self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout, scores: EpochScores
+    ) -> None:
         """Writes the table, of all devices' pairs."""
         if not trainer.is_global_zero:
             return
-        judgement: Judgement = pl_module.judgement  # type: ignore[assignment]
-        loader: RolloutLoader = trainer.train_dataloader  # type: ignore[assignment]
         epoch = trainer.current_epoch
-        prompts = [prompt.text for prompt in loader.prompts_of(epoch, range(len(judgement.whole)))]
-        rows = list(pair_rows(judgement, prompts, epoch))
+        rows = list(pair_rows(scores, epoch))
         table = run_folder(trainer) / "pairs" / f"epoch={epoch:03d}.csv"
         with atomic_path(table) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -60,18 +58,17 @@ class PairLog(Callback):
             writer.writerows(rows)
 
 
-def pair_rows(judgement: Judgement, prompts: list[str], epoch: int) -> Iterator[dict[str, str | int]]:
+def pair_rows(epoch_scores: EpochScores, epoch: int) -> Iterator[dict[str, str | int]]:
     """The rows of `PairLog`'s table.
 
     Args:
-        judgement: of P pairs.
-        prompts: P texts.
+        epoch_scores: of P pairs.
         epoch: the current one.
     """
-    whole, differences = judgement.whole.tolist(), judgement.difference.tolist()
-    scores = {name: values.tolist() for name, values in judgement.scored.scores.items()}
-    parts = {name: values.tolist() for name, values in judgement.parts.items()}
-    for pair, (prompt, kept) in enumerate(zip(prompts, whole, strict=True)):
+    whole, differences = epoch_scores.whole.tolist(), epoch_scores.difference.tolist()
+    scores = {name: values.tolist() for name, values in epoch_scores.scored.scores.items()}
+    parts = {name: values.tolist() for name, values in epoch_scores.parts.items()}
+    for pair, (prompt, kept) in enumerate(zip(epoch_scores.prompts, whole, strict=True)):
         first, second = 2 * pair, 2 * pair + 1
         difference = differences[first] if kept else math.nan
         row: dict[str, str | int] = {"epoch": epoch, "pair": pair, "prompt": prompt, "dropped": int(not kept)}

@@ -19,7 +19,7 @@ from lightning_fdfo.flows.generate import uses_negatives
 from lightning_fdfo.guards import memory
 from lightning_fdfo.guards.learning import nothing_learned
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.objective import half_differences, velocity_objective
+from lightning_fdfo.objective import direction, half_differences, velocity_objective
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.registry import as_reward
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
@@ -48,7 +48,7 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
     module.place()
     with module.trainer.precision_plugin.forward_context():
         yield _what_trains(module)
-        conditioning = module.encode([prompt])
+        conditioning = module.rollout_loader([prompt]).encode([prompt])
         yield _rollout_size(module, conditioning)
         yield _memory(module, conditioning)
         yield _without_churn(module, prompt, conditioning)
@@ -129,9 +129,10 @@ def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
 
 def _teaches(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """What `fit` would report of an epoch of this one pair; a tie is no fault yet, other pairs may differ."""
-    scored = gather(rollout, 1, lambda sums: sums)
+    endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
+    scored = gather(rollout, endpoint_difference, 1, lambda sums: sums)
     if bool(scored.whole.all()):
-        judged = judge(scored, module.rewards, 0)
+        judged = judge(scored, list(rollout.prompts), module.rewards, 0)
         found = nothing_learned(judged, module.rewards, 0)
         yield from (Finding(True, f"in this one pair: {text}") for _, text in found)
 
@@ -143,13 +144,14 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         num_pairs=1, updates_per_epoch=1, num_steps=num_steps, num_points_per_pair=None, batch_size=2 * num_steps,
         world_size=1,
     )  # fmt: skip
+    towards = direction(half_differences(rollout.trajectories.latents[:, -1]), module.objective.normalization)
     (batch,) = deal_points(
         rollout,
+        towards,
         torch.tensor([1.0, -1.0]),
         plan,
         seed=module.seed,
         epoch=0,
-        normalization=module.objective.normalization,
     )
     rows = torch.arange(module.batch_size) % (2 * num_steps)
     chosen: list[Any] = [values[rows].to(module.device) for values in batch]

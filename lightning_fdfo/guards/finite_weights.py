@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_fdfo.errors import DivergenceError
 from lightning_fdfo.finite import finite_tensors
-from lightning_fdfo.parallel import reshard
+from lightning_fdfo.parallel import all_sum, reshard
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
@@ -48,7 +48,7 @@ class FiniteWeights(Callback):
         self._step, module = trainer.global_step, cast("FDFOModule", pl_module)
         self._point = batch.first()
         weights = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        broken = module.all_sum((~finite_tensors(list(weights.values()))).float())
+        broken = all_sum(trainer, (~finite_tensors(list(weights.values()))).float())
         if broken.any():
             first = list(weights)[int(broken.argmax())]
             raise DivergenceError(
@@ -65,7 +65,7 @@ class FiniteWeights(Callback):
         with trainer.precision_plugin.forward_context():
             velocity = module.velocity(self._point)
         reshard(module.flow.transformer)  # the checkpoint that comes next takes each device's own part
-        if module.all_sum((~velocity.isfinite()).any().float().reshape(1)).any():
+        if all_sum(trainer, (~velocity.isfinite()).any().float().reshape(1)).any():
             raise DivergenceError(
                 f"epoch {trainer.current_epoch}: with the weights after its last update, velocities are not finite; "
                 f"{advice(trainer)}"

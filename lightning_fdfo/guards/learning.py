@@ -18,7 +18,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.scores import Judgement, Scored
+from lightning_fdfo.rollout.scores import EpochScores, Scored
 from lightning_fdfo.schedules import churn_schedule
 from lightning_fdfo.training.optimizer_settings import optimizer_groups
 from lightning_fdfo.training.optimizers import build_optimizer
@@ -93,21 +93,21 @@ def _no_rate(module: FDFOModule, max_epochs: int | None) -> bool:
     return True
 
 
-def nothing_learned(judgement: Judgement, rewards: RewardMix, epoch: int) -> Iterator[tuple[str, str]]:
+def nothing_learned(scores: EpochScores, rewards: RewardMix, epoch: int) -> Iterator[tuple[str, str]]:
     """What teaches nothing, or little, in an epoch, and why that may be.
 
     Args:
-        judgement: of the epoch's pairs, over all devices.
+        scores: of the epoch's pairs, over all devices.
         rewards: the mixture.
         epoch: the current one.
 
     Yields:
         A key, so that each thing is reported once (a reward's name; empty for the mixture), and a sentence.
     """
-    kept = judgement.kept
+    kept = scores.kept
     weighted = [name for name, term in rewards.terms.items() if term.weight_at(epoch)]
     pairs = len(kept.distance) // 2
-    if not judgement.of_kept(judgement.difference).any():
+    if not scores.of_kept(scores.difference).any():
         why = "the two images of each pair are equal: raise sampling.churn" if not kept.distance.any() else None
         why = why or ("no reward has a weight" if not weighted else "no reward tells the images of a pair apart")
         yield "", f"none of the {pairs} pairs of epoch {epoch} has a difference, so that nothing trains in it: {why}"

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.guards.learning import cannot_learn, nothing_learned
 from lightning_fdfo.rollout.pairs import Rollout
+from lightning_fdfo.rollout.scores import EpochScores
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
@@ -23,30 +24,30 @@ class LearningGuard(Callback):
 
     def __init__(self) -> None:
         self._reported: set[str] = set()
-        self._trained = False
+        self._rolled_out = self._trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ConfigurationError for settings by which no weight would change."""
         if stage != "fit":
             return
-        self._reported, self._trained = set(), False
+        self._reported, self._rolled_out, self._trained = set(), False, False
         if found := cannot_learn(cast("FDFOModule", pl_module), trainer.max_epochs):
             raise ConfigurationError("; ".join(found))
 
-    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout) -> None:
+    def on_rollout_end(
+        self, trainer: Trainer, pl_module: LightningModule, rollout: Rollout, scores: EpochScores
+    ) -> None:
         """Reports what teaches nothing in the epoch, by name; numbers are those of all devices."""
-        module = cast("FDFOModule", pl_module)
-        if module.judgement is None:
-            return
-        self._trained = self._trained or bool(module.judgement.difference.any())
-        for key, sentence in nothing_learned(module.judgement, module.rewards, trainer.current_epoch):
+        self._rolled_out = True
+        self._trained = self._trained or bool(scores.difference.any())
+        for key, sentence in nothing_learned(scores, cast("FDFOModule", pl_module).rewards, trainer.current_epoch):
             if key not in self._reported:
                 self._reported.add(key)
                 rank_zero_warn(sentence)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so if no pair of this process's epochs has trained anything; those before a resume may have."""
-        if not self._trained and cast("FDFOModule", pl_module).judgement is not None:
+        if self._rolled_out and not self._trained:
             rank_zero_warn("no pair of any epoch of this process had a difference: they taught nothing")
 
 

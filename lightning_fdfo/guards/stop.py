@@ -67,6 +67,10 @@ class StopOnSignal(Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.stop_if_asked(trainer)
 
+    def on_rollout_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops between two batches of a rollout."""
+        self.stop_if_asked(trainer)
+
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Stops between two batches of a validation."""
         self.stop_if_asked(trainer)
@@ -110,13 +114,6 @@ class StopOnSignal(Callback):
             if trainer.is_global_zero:
                 _say(self.outcome(trainer))
             os._exit(128 + number)
-
-
-def stop_if_asked(trainer: Trainer) -> None:
-    """Ends the process if a `StopOnSignal` of the trainer's was asked to: between the batches of a rollout."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StopOnSignal):
-            callback.stop_if_asked(trainer)
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward.mix import RewardMix
-from lightning_fdfo.rollout.scores import Judgement
+from lightning_fdfo.rollout.scores import EpochScores
 
 Metric = tuple[str, float]
 
 
-def rollout_metrics(judgement: Judgement, rewards: RewardMix, epoch: int) -> dict[str, float]:
+def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict[str, float]:
     """Means and deviations of an epoch's rewards and pairs; dropped pairs are in none of them.
 
     For the total, as `reward`, and for each term, as `reward/NAME`, over the images and pairs that it has scored (left
@@ -45,12 +45,12 @@ def rollout_metrics(judgement: Judgement, rewards: RewardMix, epoch: int) -> dic
     And `rollout/pair_distance`: rms of the half difference of the final latents.
 
     Args:
-        judgement: of the epoch's pairs.
+        scores: of the epoch's pairs.
         rewards: the mixture that made it.
         epoch: the current one.
     """
-    kept = judgement.kept
-    total, difference = rewards.total(kept.scores, kept.routes, epoch), judgement.of_kept(judgement.difference)
+    kept = scores.kept
+    total, difference = rewards.total(kept.scores, kept.routes, epoch), scores.of_kept(scores.difference)
     metrics = {"rollout/pair_distance": (kept.distance.sum().item() / len(kept.distance)) ** 0.5}
     metrics |= {f"image/{name}": values.double().mean().item() for name, values in kept.statistics.items()}
     metrics |= dict(_of_one("reward", total, difference))
@@ -61,7 +61,7 @@ def rollout_metrics(judgement: Judgement, rewards: RewardMix, epoch: int) -> dic
             continue
         metrics |= dict(_of_one(f"reward/{name}", score[scored], score_differences(score[scored])))
         if rewards.terms[name].weight_at(epoch) and size:
-            part = judgement.of_kept(judgement.parts[name])
+            part = scores.of_kept(scores.parts[name])
             metrics[f"reward/{name}/share"] = ((difference.sign() * part).sum().double() / size).item()
         if rewards.terms[name].gate is not None:
             metrics[f"reward/{name}/gated"] = rewards.passes(name, kept.scores)[scored].double().mean().item()

@@ -1,6 +1,6 @@
 """What a mixture makes of an epoch's pairs: the numbers of all devices, gathered, then weighed.
 
-    scores of this device --gather--> Scored --judge--> Judgement: what each term adds to each pair's difference
+    scores of this device --gather--> Scored --judge--> EpochScores: what each term adds to each pair's difference
 
 A pair's trajectories stay on the device that made them; a few numbers a pair and term do not.
 
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.pairs import Rollout
 
@@ -48,9 +47,11 @@ class Scored(NamedTuple):
         )
 
 
-class Judgement(NamedTuple):
+class EpochScores(NamedTuple):
     """An epoch's scores, and what follows from them."""
 
+    prompts: list[str]
+    """P texts"""
     scored: Scored
     """of all pairs"""
     whole: Tensor
@@ -80,15 +81,18 @@ def own_rows(pairs: Sequence[int]) -> Tensor:
     return torch.tensor([row for pair in pairs for row in (2 * pair, 2 * pair + 1)])
 
 
-def gather(rollout: Rollout, num_pairs: int, all_sum: Callable[[Tensor], Tensor]) -> Scored:
+def gather(
+    rollout: Rollout, endpoint_difference: Tensor, num_pairs: int, all_sum: Callable[[Tensor], Tensor]
+) -> Scored:
     """The scores of all devices, on each.
 
     Args:
         rollout: this device's pairs.
+        endpoint_difference: their half differences of the final latents.
         num_pairs: P.
         all_sum: sums a tensor of whole numbers over devices; the identity on one.
     """
-    distance = half_differences(rollout.trajectories.latents[:, -1]).flatten(1).pow(2).mean(dim=1)
+    distance = endpoint_difference.flatten(1).pow(2).mean(dim=1)
     parts = (rollout.scores, rollout.routes, rollout.statistics)
     own = torch.stack([*(column.double() for part in parts for column in part.values()), distance.double()])
     everywhere = torch.zeros(len(own), 2 * num_pairs, dtype=torch.float64)
@@ -100,11 +104,12 @@ def gather(rollout: Rollout, num_pairs: int, all_sum: Callable[[Tensor], Tensor]
     return Scored(scores, to, statistics, next(columns).float())
 
 
-def judge(scored: Scored, rewards: RewardMix, epoch: int) -> Judgement:
+def judge(scored: Scored, prompts: list[str], rewards: RewardMix, epoch: int) -> EpochScores:
     """Brings the scales up to date and weighs; each device must call it alike.
 
     Args:
         scored: of all pairs; one is whole at least.
+        prompts: P texts.
         rewards: the mixture.
         epoch: the current one.
     """
@@ -116,4 +121,4 @@ def judge(scored: Scored, rewards: RewardMix, epoch: int) -> Judgement:
     for name, part in rewards.differences(kept.scores, kept.routes, epoch).items():
         parts[name] = torch.zeros(len(rows))
         parts[name][rows] = part
-    return Judgement(scored, whole, parts, torch.stack(list(parts.values())).sum(dim=0))
+    return EpochScores(prompts, scored, whole, parts, torch.stack(list(parts.values())).sum(dim=0))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
@@ -17,6 +18,7 @@ from lightning_fdfo.objective import half_differences, score_differences
 from lightning_fdfo.reward import load_reward
 from lightning_fdfo.reward import waiting as reward_waiting
 from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.scores import gather
 from lightning_fdfo.settings import Sampling
 from tests.conftest import brightness
@@ -120,8 +122,8 @@ def test_large_scores_with_a_small_signal_are_no_ties(toy_module, fit):
     trainer = fit(module, 1)
     fit(plain, 1)
     assert trainer.callback_metrics["reward/r/ties"] == 0
-    torch.testing.assert_close(module.judgement.difference, plain.judgement.difference, atol=1e-7, rtol=0)
-    assert module.judgement.difference.dtype == torch.float32
+    torch.testing.assert_close(module.collector.scores.difference, plain.collector.scores.difference, atol=1e-7, rtol=0)
+    assert module.collector.scores.difference.dtype == torch.float32
 
 
 def test_differences_of_float32_scores_are_float32s_own_to_the_bit():
@@ -131,24 +133,27 @@ def test_differences_of_float32_scores_are_float32s_own_to_the_bit():
     assert torch.equal(score_differences(scores.double()), half_differences(scores))
 
 
-@pytest.mark.filterwarnings("ignore:no pair of any epoch")  # no callback is shown the rollout
-def test_scores_cross_devices_without_float64(toy_module, fit):
+def test_scores_cross_devices_without_float64(toy_module, fit, monkeypatch):
     """What is summed over devices are whole numbers, which every accelerator has."""
     module = toy_module(rewards={"r": RewardTerm(lambda images, *_: 1e8 + images.mean(dim=(1, 2, 3)).double())})
-    kinds, seen = [], module.all_sum
+    kinds, seen = [], Devices.all_sum
 
-    def all_sum(values):
+    def all_sum(self, values):
         kinds.append(values.dtype)
-        return seen(values)
+        return seen(self, values)
 
     rollouts = []
-    module.all_sum = all_sum
-    module._show = rollouts.append
-    fit(module, 1)
+
+    class Keep(Callback):
+        def on_rollout_end(self, trainer, pl_module, rollout, scores):
+            rollouts.append(rollout)
+
+    monkeypatch.setattr(Devices, "all_sum", all_sum)
+    fit(module, 1, callbacks=[Keep()])
     assert torch.int64 in kinds
     assert torch.float64 not in kinds
     (rollout,) = rollouts
-    assert torch.equal(gather(rollout, 16, lambda values: values).scores["r"], rollout.scores["r"])
+    assert torch.equal(gather(rollout, torch.zeros(32, 1), 16, lambda values: values).scores["r"], rollout.scores["r"])
     assert rollout.scores["r"].dtype == torch.float64
 
 
@@ -310,7 +315,7 @@ def test_pairs_that_a_time_limit_ends_may_be_dropped(toy_module, fit, prompts_fi
     )
     with pytest.warns(UserWarning, match=r"dropped, with their pairs: 2 images: reward 'hung'.*time_limit"):
         fit(module, 1)
-    assert 0 < module.judgement.whole.sum() < 16
+    assert 0 < module.collector.scores.whole.sum() < 16
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), "soon", True])

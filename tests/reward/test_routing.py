@@ -165,7 +165,7 @@ def test_a_pair_is_dropped_for_its_own_rewards_only(toy_module, fit, tmp_path):
     options = {"sampling": sampling, "num_pairs": 6, "batch_size": 24}
     module = toy_module(rewards=rewards, on_reward_error="drop_pair", max_dropped=0.5, **options)
     trainer = fit(module, 1, train=write(tmp_path / "train.jsonl", rows))
-    scored, whole = module.judgement.scored, module.judgement.whole
+    scored, whole = module.collector.scores.scored, module.collector.scores.whole
     assert trainer.callback_metrics["reward/dropped"] == pytest.approx(2 / 6)
     assert whole.sum() == 4
     to_answer = ~scored.routes["answer"].isnan().view(-1, 2).all(dim=1)

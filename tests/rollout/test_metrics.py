@@ -37,8 +37,12 @@ def rollout(scores, pairs=range(4), routes=None):
     return Rollout(pairs, "abcd", sigmas, trajectories, Conditioning({}), *cut, seconds=2.0)
 
 
+def gathered(rollout, num_pairs, all_sum=lambda sums: sums):
+    return gather(rollout, half_differences(rollout.trajectories.latents[:, -1]), num_pairs, all_sum)
+
+
 def judged(scores, mix, routes=None, epoch=0):
-    return judge(gather(rollout(scores, routes=routes), 4, lambda sums: sums), mix, epoch)
+    return judge(gathered(rollout(scores, routes=routes), 4), list("abcd"), mix, epoch)
 
 
 def measure(scores, mix, routes=None, epoch=0):
@@ -157,7 +161,7 @@ def test_terms_that_nobody_was_sent_to_or_that_are_always_a_tie_leave_no_numbers
 
 def test_one_pair_has_no_rank_correlation():
     mix = RewardMix({"a": RewardTerm(nothing), "b": RewardTerm(nothing)})
-    one = judge(gather(rollout({"a": A, "b": B}, range(0, 1)), 1, lambda sums: sums), mix, 0)
+    one = judge(gathered(rollout({"a": A, "b": B}, range(0, 1)), 1), ["a"], mix, 0)
     metrics = rollout_metrics(one, mix, 0)
     assert metrics["reward/a/agrees_with/b"] == 0.0
     assert "reward/a/rank_correlation/b" not in metrics
@@ -193,7 +197,7 @@ def test_dropped_pairs_are_in_no_number():
     assert kept.whole.tolist() == [True, True, True, False]
     assert kept.difference[6:].tolist() == [0, 0]
     other = RewardMix({"a": RewardTerm(nothing, 2.0, "std"), "b": RewardTerm(nothing, 0.1)})
-    three = judge(gather(rollout({"a": A, "b": B}, range(0, 3)), 3, lambda sums: sums), other, 0)
+    three = judge(gathered(rollout({"a": A, "b": B}, range(0, 3)), 3), list("abc"), other, 0)
     assert rollout_metrics(kept, mix, 0) == rollout_metrics(three, other, 0)
     assert torch.equal(kept.difference[:6], three.difference)
 
@@ -203,9 +207,9 @@ def test_two_devices_give_the_numbers_of_one():
     scores = {"a": A, "b": B}
     own = []
     for pairs in (range(0, 1), range(1, 4)):
-        gather(rollout(scores, pairs), 4, lambda sums: (own.append(sums), sums)[1])
-    summed = gather(rollout(scores, range(0, 1)), 4, lambda sums: own[0] + own[1])
-    alone = gather(rollout(scores), 4, lambda sums: sums)
+        gathered(rollout(scores, pairs), 4, lambda sums: (own.append(sums), sums)[1])
+    summed = gathered(rollout(scores, range(0, 1)), 4, lambda sums: own[0] + own[1])
+    alone = gathered(rollout(scores), 4)
     for ours, theirs in zip((*summed.scores.values(), summed.distance), (A, B, alone.distance), strict=True):
         assert torch.equal(ours, theirs)
     assert own_rows(range(1, 4)).tolist() == list(range(2, 8))

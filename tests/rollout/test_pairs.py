@@ -1,4 +1,5 @@
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from lightning_fdfo.flows.generate import encode_prompts, paint
 from lightning_fdfo.objective import direction, half_differences
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout import collector as collecting
+from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.pairs import roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import RolloutLoader, choose_points, deal_points
+from lightning_fdfo.rollout.points import choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
 
 PROMPTS = [Prompt(text, "", {"row": row}, f"p:{row}") for row, text in enumerate(["a cat", "the dog", "some bird"])]
@@ -27,11 +30,32 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
     return roll_out(flow, rewards, prompts, conditioning, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
 
 
-def judge(rollout):
-    return half_differences(rollout.scores["brightness"])
+def differences(rollout):
+    """Half differences of the final latents and of the rewards."""
+    return half_differences(rollout.trajectories.latents[:, -1]), half_differences(rollout.scores["brightness"])
 
 
-def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
+class OneOfSome:
+    """The devices of a run, seen from one; its sums over devices are its own."""
+
+    device, epoch = CPU, 0
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def precision(self):
+        return nullcontext()
+
+    def all_sum(self, values):
+        return values
+
+    def track(self, batches):
+        return iter(batches)
+
+    def announce(self, event, *arguments): ...
+
+
+def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4, monkeypatch=None):
     plan = BatchPlan.derive(
         num_pairs=8,
         updates_per_epoch=2,
@@ -40,31 +64,21 @@ def make_loader(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4):
         batch_size=4,
         world_size=world_size,
     )
-
     flow = ToyFlow()
+    flow.load()
+    sampling = replace(SAMPLING, rollout_batch_size=chunk_size)
+    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    collector = RolloutCollector(flow, rewards, PROMPTS, plan, sampling, OneOfSome(rank), seed=0)
+    if calls is not None:
 
-    def encode(prompts):
-        return encode_prompts(flow, prompts, 1.0, batch_size=2)
-
-    def run(prompts, conditioning, pairs):
-        if calls is not None:
+        def run(flow, rewards, prompts, conditioning, pairs, **options):
             calls.append(([p.text for p in prompts], list(pairs)))
-        expected = encode(prompts).tensors["embeds"]
-        assert torch.equal(conditioning.tensors["embeds"], expected)
-        return make_rollout(pairs)
+            expected = encode_prompts(flow, prompts, 1.0, batch_size=2).tensors["embeds"]
+            assert torch.equal(conditioning.tensors["embeds"], expected)
+            return roll_out(flow, rewards, prompts, conditioning, pairs, **options)
 
-    return RolloutLoader(
-        encode,
-        run,
-        judge,
-        PROMPTS,
-        plan,
-        seed=0,
-        normalization="mean_square",
-        rank=rank,
-        chunk_size=chunk_size,
-        epoch=lambda: 0,
-    )
+        monkeypatch.setattr(collecting, "roll_out", run)
+    return collector
 
 
 def test_shapes_and_rest():
@@ -111,15 +125,15 @@ def test_points_are_stratified_in_time_and_equally_likely(num_points):
 def test_batches_hold_what_the_rollout_saw():
     rollout = make_rollout(range(8))
     plan = BatchPlan(num_pairs=8, updates_per_epoch=1, points_per_pair=12, batch_size=96)
-    (batch,) = deal_points(rollout, judge(rollout), plan, seed=0, epoch=0, normalization="mean_square")
+    endpoint_difference, reward_difference = differences(rollout)
+    (batch,) = deal_points(rollout, direction(endpoint_difference), reward_difference, plan, seed=0, epoch=0)
     flow = ToyFlow()
     flow.load()
     with torch.no_grad():
         replayed = flow.velocity(batch.latents, batch.sigma, batch.conditioning)
     torch.testing.assert_close(replayed, batch.old_velocity)
-    ends = rollout.trajectories.latents[:, -1]
-    directions, differences = direction(half_differences(ends)), half_differences(rollout.scores["brightness"])
-    pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(differences, directions, strict=True)}
+    directions = direction(endpoint_difference)
+    pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(reward_difference, directions, strict=True)}
     seen = [
         (d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)
     ]
@@ -128,18 +142,18 @@ def test_batches_hold_what_the_rollout_saw():
 
 
 def test_each_update_takes_equally_many_points_from_every_pair():
-    batches = list(make_loader())
-    assert len(batches) == len(make_loader()) == 8
+    batches = list(make_collector())
+    assert len(batches) == len(make_collector()) == 8
     for update in (batches[:4], batches[4:]):
         absolute = torch.cat([batch.reward_difference.abs() for batch in update])
         assert sorted(torch.unique(absolute, return_counts=True)[1].tolist()) == [2] * 8
 
 
-def test_two_devices_make_the_pairs_of_one():
+def test_two_devices_make_the_pairs_of_one(monkeypatch):
     alone, shared = [], []
-    list(make_loader(calls=alone, chunk_size=8))
+    list(make_collector(calls=alone, chunk_size=8, monkeypatch=monkeypatch))
     for rank in range(2):
-        list(make_loader(rank=rank, world_size=2, calls=shared, chunk_size=8))
+        list(make_collector(rank, world_size=2, calls=shared, chunk_size=8, monkeypatch=monkeypatch))
     assert ([t for texts, _ in shared for t in texts], [p for _, pairs in shared for p in pairs]) == alone[0]
 
 

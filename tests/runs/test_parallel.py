@@ -28,24 +28,18 @@ class Record(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def on_fit_start(self, trainer, pl_module):
-        judge = pl_module._judge
-
-        def watched(rollout):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            latents = rollout.trajectories.latents
-            kept = {
-                "pairs": list(rollout.pairs),
-                "start": latents[:, 0],
-                "end": latents[:, -1],
-                "scores": dict(rollout.scores),
-                "texts": next(iter(rollout.conditioning.tensors.values())).sum(dim=(1, 2)),
-                "bytes": latents.nbytes + rollout.trajectories.velocities.nbytes,
-            }
-            torch.save(kept, self.folder / f"{pl_module.current_epoch}-{trainer.global_rank}.pt")
-            return judge(rollout)
-
-        pl_module._judge = watched
+    def on_rollout_end(self, trainer, pl_module, rollout, scores):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        latents = rollout.trajectories.latents
+        kept = {
+            "pairs": list(rollout.pairs),
+            "start": latents[:, 0],
+            "end": latents[:, -1],
+            "scores": dict(rollout.scores),
+            "texts": next(iter(rollout.conditioning.tensors.values())).sum(dim=(1, 2)),
+            "bytes": latents.nbytes + rollout.trajectories.velocities.nbytes,
+        }
+        torch.save(kept, self.folder / f"{pl_module.current_epoch}-{trainer.global_rank}.pt")
 
     def on_validation_end(self, trainer, pl_module):
         self.folder.mkdir(parents=True, exist_ok=True)

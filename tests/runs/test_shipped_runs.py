@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from lightning_fdfo import FDFOModule
 from lightning_fdfo.__main__ import main
+from lightning_fdfo.rollout.collector import RolloutCollector
 from tests.runs.shipped import is_the_same, last, words
 from tests.runs.test_configs import BASES, CONFIGS, FULL_SIZE, SINGLE_GPU, read
 from tests.runs.test_kills import EVER, said, start  # noqa: F401 - a fixture
@@ -44,17 +44,17 @@ def fit(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    judge = FDFOModule._judge
+    score = RolloutCollector.score
 
     def run(arguments, at=lambda epoch: None):
         epochs = []
 
-        def counted(self, rollout):
-            epochs.append(self.current_epoch)
-            at(self.current_epoch)
-            return judge(self, rollout)
+        def counted(self, rollout, endpoint_difference, epoch):
+            epochs.append(epoch)
+            at(epoch)
+            return score(self, rollout, endpoint_difference, epoch)
 
-        monkeypatch.setattr(FDFOModule, "_judge", counted)
+        monkeypatch.setattr(RolloutCollector, "score", counted)
         main(arguments)
         return epochs
 

@@ -1,0 +1,173 @@
+"""The training loader: rolls an epoch out, scores it, and deals its points into batches.
+
+    prompts --encode--> conditioning --roll_out, batch by batch--> Rollout --score--> EpochScores
+                                                                      '--------------------'--deal--> TrajectoryPoints
+
+Legend: P pairs on this device, 2P branches, `...` a latent's own axes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_fdfo.errors import RewardError
+from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.generate import encode_prompts
+from lightning_fdfo.objective import Normalization, direction, half_differences
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.randomness import prompt_rows
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.rollout.devices import Devices
+from lightning_fdfo.rollout.metrics import rollout_metrics
+from lightning_fdfo.rollout.pairs import Rollout, roll_out
+from lightning_fdfo.rollout.plan import BatchPlan
+from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
+from lightning_fdfo.rollout.scores import EpochScores, gather, judge, own_rows
+from lightning_fdfo.settings import Sampling
+
+
+class RolloutCollector:
+    """A sized iterable: each `iter()` rolls out the current epoch, then yields its batches of points.
+
+    Lightning takes it for a plain training loader, so accumulation, precision and resuming are Lightning's own. Nothing
+    that an epoch depends on is kept from the one before, but the running deviations in `rewards`.
+
+    Callbacks are called with `on_rollout_batch_start(trainer, pl_module)` before each batch of pairs, and with
+    `on_rollout_end(trainer, pl_module, rollout, scores)` once an epoch is scored: this device's pairs as a `Rollout`,
+    the numbers of all devices as `EpochScores`.
+
+    Args:
+        flow: the model, loaded before the first epoch.
+        rewards: the mixture, set up before the first epoch.
+        prompts: the training prompts.
+        plan: the epoch's arithmetic.
+        sampling: how pairs are sampled, and how many at once.
+        devices: of the run.
+        seed: the run's.
+        normalization: of the direction.
+        on_reward_error: `raise` ends the run; `drop_pair` leaves the pair out of training and of all numbers.
+        max_dropped: share of an epoch's pairs that may be dropped, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        flow: FlowModel,
+        rewards: RewardMix,
+        prompts: Sequence[Prompt],
+        plan: BatchPlan,
+        sampling: Sampling,
+        devices: Devices,
+        *,
+        seed: int,
+        normalization: Normalization = "mean_square",
+        on_reward_error: Literal["raise", "drop_pair"] = "raise",
+        max_dropped: float = 0.1,
+    ) -> None:
+        self.flow = flow
+        self.rewards = rewards
+        self.prompts = prompts
+        self.plan = plan
+        self.sampling = sampling
+        self.devices = devices
+        self.seed = seed
+        self.normalization = normalization
+        self.on_reward_error = on_reward_error
+        self.max_dropped = max_dropped
+        self.scores: EpochScores | None = None
+        """Of the last epoch, over all devices."""
+        self.metrics: dict[str, float] = {}
+        """What is logged of the last epoch, over all devices."""
+        self.end = 0.0
+        """When the last rollout was scored, in seconds of `time.perf_counter`."""
+
+    def __len__(self) -> int:
+        return self.plan.batches_per_epoch
+
+    def __iter__(self) -> Iterator[TrajectoryPoints]:
+        epoch = self.devices.epoch
+        rollout = self.collect(epoch)
+        endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
+        reward_difference = self.score(rollout, endpoint_difference, epoch)
+        directions = direction(endpoint_difference, self.normalization)
+        del endpoint_difference
+        self.end = time.perf_counter()
+        yield from deal_points(rollout, directions, reward_difference, self.plan, seed=self.seed, epoch=epoch)
+
+    def prompts_of(self, epoch: int, pairs: range) -> list[Prompt]:
+        """The prompts of some of an epoch's pairs, by their global indices."""
+        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + pairs.start, len(pairs), len(self.prompts))
+        return [self.prompts[row] for row in rows]
+
+    def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
+        """Conditioning of prompts, a row each, on the CPU, in the trainer's precision."""
+        with self.devices.precision():
+            scale, batch_size = self.sampling.guidance_scale, self.sampling.rollout_batch_size
+            return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
+
+    def collect(self, epoch: int) -> Rollout:
+        """Rolls out this device's pairs of an epoch: all texts are encoded first, then pairs go batch by batch."""
+        count, size = self.plan.pairs_per_device, self.sampling.rollout_batch_size
+        first = self.devices.rank * count
+        pairs = range(first, first + count)
+        prompts = self.prompts_of(epoch, pairs)
+        conditioning = self.encode(prompts)
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        chunks = []
+        for rows in self.devices.track(batches):
+            own = slice(rows.start, rows.stop)
+            chunks.append(self._roll_out(epoch, pairs[own], prompts[own], conditioning[rows]))
+        return Rollout.cat(chunks)
+
+    def _roll_out(
+        self, epoch: int, pairs: Sequence[int], prompts: Sequence[Prompt], conditioning: Conditioning
+    ) -> Rollout:
+        """One batch of pairs."""
+        self.devices.announce("on_rollout_batch_start")
+        with self.devices.precision():
+            return roll_out(
+                self.flow,
+                self.rewards,
+                prompts,
+                conditioning,
+                pairs,
+                seed=self.seed,
+                epoch=epoch,
+                sampling=self.sampling,
+                device=self.devices.device,
+                drop=self.on_reward_error == "drop_pair",
+            )
+
+    def score(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
+        """Gathers the scores of all devices, weighs them, and shows them to callbacks.
+
+        Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
+        num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
+
+        Returns:
+            [2P], half differences of the mixture's total of this device's pairs, as they train.
+
+        Raises:
+            RewardError: more pairs were dropped than `max_dropped` allows.
+        """
+        num_pairs = self.plan.num_pairs
+        scored = gather(rollout, endpoint_difference, num_pairs, self.devices.all_sum)
+        kept = int(scored.whole.sum())
+        dropped = 1 - kept / num_pairs
+        if dropped > self.max_dropped:
+            raise RewardError(
+                f"rewards failed for {num_pairs - kept} of {num_pairs} pairs of epoch {epoch}, max_dropped is "
+                f"{self.max_dropped:.0%}; the warnings above name them"
+            )
+        prompts = [prompt.text for prompt in self.prompts_of(epoch, range(num_pairs))]
+        self.scores = judge(scored, prompts, self.rewards, epoch)
+        self.metrics = rollout_metrics(self.scores, self.rewards, epoch)
+        self.metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
+        if self.on_reward_error == "drop_pair":
+            self.metrics["reward/dropped"] = dropped
+        self.devices.announce("on_rollout_end", rollout, self.scores)
+        difference = self.scores.difference[own_rows(rollout.pairs)]
+        return difference * (num_pairs / kept) if dropped else difference
