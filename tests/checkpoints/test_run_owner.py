@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import Curves
 from lightning_fdfo.checkpoints.run_owner import LOCK, MARK, RunOwner, trial_folder
 from lightning_fdfo.errors import ConfigurationError
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -76,12 +76,11 @@ def test_fast_dev_run_leaves_a_finished_run_as_it_is(finished, capfd, monkeypatc
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    line = [sys.executable, "-m", "lightning_fdfo", *fit_line(tmp_path, "--trainer.max_epochs=1000")]
-    first = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = processes.start(fit_line(tmp_path, "--trainer.max_epochs=1000"), (os.devnull, os.devnull))
     try:
         deadline = time.monotonic() + 180
         while not (tmp_path / MARK).exists():
-            assert first.poll() is None
+            assert first.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.05)
         for more in ([], ["--ckpt_path=last"]):
@@ -89,10 +88,10 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, c
                 main(fit_line(tmp_path, "--seed_everything=1", *more))
             assert stopped.value.code == 2
             assert f"process {first.pid} on " in capsys.readouterr().err
-        assert first.poll() is None
+        assert first.is_alive()
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.kill()
+        first.join()
     assert RunOwner().claim(tmp_path)  # the lock went with the process
 
 

@@ -11,8 +11,9 @@ from lightning_fdfo.__main__ import main
 ROOT = Path(__file__).parents[2]
 EPOCHS = 10
 SMALL = [
-    "--model.num_pairs=32", "--model.batch_size=128", "--model.metrics=null", f"--trainer.max_epochs={EPOCHS}",
-    "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1000", "--trainer.enable_progress_bar=false",
+    "--model.num_pairs=32", "--model.batch_size=128", "--model.metrics=null",
+    "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1000",
+    "--trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
 
@@ -23,17 +24,18 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
     rewards = yaml.safe_load((ROOT / "configs/legible_and_small.yaml").read_text())["model"]["rewards"]
 
-    def run(legible, small, name=""):
+    def run(legible, small, name="", epochs=EPOCHS):
         weighted = rewards | {
             "OCR": rewards["OCR"] | {"weight": legible},
             "small": rewards["small"] | {"weight": small},
         }
         folder = tmp_path / f"{legible}-{small}{name}"
         configs = ["--config=configs/quickstart.yaml", "--config=configs/legible_and_small.yaml"]
-        main(["fit", *configs, f"--model.rewards={weighted}", f"--trainer.default_root_dir={folder}", *SMALL])
+        main(["fit", *configs, f"--model.rewards={weighted}", f"--trainer.default_root_dir={folder}", *SMALL,
+              f"--trainer.max_epochs={epochs}"])  # fmt: skip
         with (folder / "csv/version_0/metrics.csv").open() as file:
             rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-        assert len(rows) == EPOCHS
+        assert len(rows) == epochs
         return rows
 
     return run
@@ -57,8 +59,8 @@ def test_three_weightings_show_the_trade_off_in_the_logged_table(train):
         assert row["reward/colors/mean"] > 0  # watched
     assert "reward/colors/share" not in both[0]
 
-    again = train(1, 1, "-again")
+    again = train(1, 1, "-again", epochs=2)
     timed = ("rollout/images_per_second", "train/points_per_second")
     assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
-        {k: v for k, v in row.items() if k not in timed} for row in both
+        {k: v for k, v in row.items() if k not in timed} for row in both[:2]
     ]
