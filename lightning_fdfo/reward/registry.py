@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
@@ -108,8 +108,16 @@ def _distribution(entry: EntryPoint) -> str:
 def _unknown(name: str) -> str:
     """The message for a name that no distribution gives."""
     names = sorted(available_rewards())
+    installed = ", ".join(names) or "none: pip install lightning-fdfo-rewards"
+    return f"unknown reward {name!r}{did_you_mean(name, names)}; installed: {installed}"
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The nearest of some names, for a message; "" if none is near.
+
+    Example:
+        >>> did_you_mean("wieght", ["weight", "scale"])
+        " (did you mean 'weight'?)"
+    """
     near = difflib.get_close_matches(name, names, n=1)
-    guess = f" (did you mean {near[0]!r}?)" if near else ""
-    return (
-        f"unknown reward {name!r}{guess}; installed: {', '.join(names) or 'none: pip install lightning-fdfo-rewards'}"
-    )
+    return f" (did you mean {near[0]!r}?)" if near else ""

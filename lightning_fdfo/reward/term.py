@@ -1,20 +1,24 @@
-"""One reward of a mixture: what it is, what it weighs in each epoch, and when it counts; how a configuration says so.
+"""A term of a mixture: one reward, and how it counts.
 
-OCR: 1.0                                                    # short form, NAME: weight
-small:                                                      # long form, under a name of one's own
-reward: {class_path: JPEGSize, init_args: {sign: -1}}
-weight: {0: 1.0, 20: 0.3}                                 # by epoch
-scale: std
-clip: 3
-gate: {reward: OCR, above: -0.5}
-device: cpu
+In a configuration a term has a short or a long form:
+
+    rewards:
+      OCR: 1.0                                                    # short: the reward's name, and its weight
+      small:                                                      # long: a name of your own
+        reward: {class_path: JPEGSize, init_args: {sign: -1}}     # or a name, if it takes no options
+        weight: {0: 1.0, 20: 0.3}                                 # by epoch; or a number
+        scale: std
+        clip: 3
+        gate: {reward: OCR, above: -0.5}
+        device: cpu
+        time_limit: 60
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +26,7 @@ import torch
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward.base import Reward, Scorer
-from lightning_fdfo.reward.registry import load_reward
+from lightning_fdfo.reward.registry import did_you_mean, load_reward
 
 Scale = float | Literal["none", "std"]
 Weight = float | Mapping[int, float]
@@ -86,50 +90,49 @@ class RewardTerm:
         return not any(self.weight.values() if isinstance(self.weight, Mapping) else [self.weight])
 
 
-KEYS = {"reward", "weight", "scale", "device", "clip", "gate", "time_limit"}
+KEYS = tuple(field.name for field in fields(RewardTerm))
 """Of the long form."""
 
 
 def parse_terms(terms: Mapping[str, Any]) -> dict[str, RewardTerm]:
-    """A mixture's entries, in the short form, the long form, or as they come from Python.
+    """A mixture's terms, from the short form, the long form, or as RewardTerms.
 
     Raises:
-        ConfigurationError: nothing in it, an unknown key or reward, a value that makes no sense, a gate that leads
-            to no other term or to one with a gate.
+        ConfigurationError: no term, an unknown key or reward, a value that makes no sense, a gate that leads to no
+            other term or to one with a gate.
+
+    Example:
+        >>> parse_terms({"small": {"reward": "JPEGSize", "weight": {0: 1, 20: 0.3}, "clip": 3}})["small"].clip
+        3.0
     """
     if not terms:
         raise ConfigurationError("rewards: expected at least one, e.g. rewards: {OCR: 1.0}, got none")
-    parsed = {name: _parse_term(name, value) for name, value in terms.items()}
+    parsed = {name: _checked(name, _parse_term(name, value)) for name, value in terms.items()}
     for name, term in parsed.items():
         if term.gate is not None:
             _check_gate(name, term.gate, parsed)
     return parsed
 
 
+# Forms
+
+
 def _parse_term(name: str, value: Any) -> RewardTerm:
-    expected = f"rewards.{name}: expected a weight or {{reward: NAME or {{class_path, init_args}}, weight: NUMBER}}"
+    """A term, its values as they were given."""
     if isinstance(value, RewardTerm):
-        return _checked(name, value)
+        return value
     if _is_number(value):
-        return RewardTerm(_load(name), float(value))
-    if not isinstance(value, Mapping) or "reward" not in value or set(value) - KEYS:
-        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate, device and time_limit, got {value!r}")
-    reward = value["reward"]
-    if isinstance(reward, str):
-        reward = load_reward(reward)
-    elif isinstance(reward, Mapping):
-        class_path, init_args = reward.get("class_path"), reward.get("init_args") or {}
-        known = not set(reward) - {"class_path", "init_args"}
-        if not known or not isinstance(class_path, str) or not isinstance(init_args, Mapping):
-            raise ConfigurationError(f"{expected}, got reward {dict(reward)!r}")
-        reward = load_reward(class_path, **init_args)
-    elif not callable(reward):
-        raise ConfigurationError(f"{expected}, got reward {reward!r}")
-    return _checked(name, RewardTerm(**{**value, "reward": reward}))
+        return RewardTerm(_load_short(name), value)
+    expected = f"rewards.{name}: expected a weight or {{reward: NAME or {{class_path, init_args}}, weight: NUMBER}}"
+    unknown = [key for key in value if key not in KEYS] if isinstance(value, Mapping) else []
+    if not isinstance(value, Mapping) or "reward" not in value or unknown:
+        got = f"the key {unknown[0]!r}{did_you_mean(str(unknown[0]), KEYS)}" if unknown else repr(value)
+        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate, device and time_limit, got {got}")
+    return RewardTerm(**{**value, "reward": _load(value["reward"], expected), "gate": _load_gate(value.get("gate"))})
 
 
-def _load(name: str) -> Reward:
-    """The reward of a short form."""
+def _load_short(name: str) -> Reward:
+    """The reward that a short form names."""
     try:
         return load_reward(name)
     except ConfigurationError as error:
@@ -138,66 +141,97 @@ def _load(name: str) -> Reward:
         ) from error
 
 
+def _load(reward: Any, expected: str) -> Reward | Scorer:
+    """The reward that a long form names, with its options; in Python it may be there already."""
+    spec = {"class_path": reward} if isinstance(reward, str) else reward
+    match spec:
+        case {"class_path": str(name), **rest} if set(rest) <= {"init_args"}:
+            options = rest.get("init_args") or {}
+            if isinstance(options, Mapping):
+                return load_reward(name, **options)
+        case _ if callable(reward):
+            return reward  # type: ignore[no-any-return]
+    raise ConfigurationError(f"{expected}, got reward {reward!r}")
+
+
+def _load_gate(gate: Any) -> Any:
+    """A Gate of a mapping with its keys; anything else as it is, to be refused with the other values."""
+    try:
+        return Gate(**gate) if isinstance(gate, Mapping) else gate
+    except TypeError:  # a missing key, or another one
+        return gate
+
+
+# Values
+
+
 def _checked(name: str, term: RewardTerm) -> RewardTerm:
-    """The term, its numbers as floats; raises ConfigurationError for what makes no sense."""
-    if term.scale not in ("none", "std") and not _is_positive(term.scale):
-        raise ConfigurationError(
-            f"rewards.{name}: expected scale none, std or a number above 0, got scale {term.scale!r}"
-        )
-    if term.clip is not None and not _is_positive(term.clip):
-        raise ConfigurationError(f"rewards.{name}: expected clip null or a number above 0, got clip {term.clip!r}")
-    if term.time_limit is not None and not _is_positive(term.time_limit):
-        raise ConfigurationError(
-            f"rewards.{name}: expected time_limit null or seconds above 0, got time_limit {term.time_limit!r}"
-        )
-    try:
-        torch.device(term.device or "cpu")
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(
-            f"rewards.{name}: expected a device like cpu or cuda:1, got {term.device!r}"
-        ) from error
-    return replace(
-        term,
-        weight=_parse_weight(name, term.weight),
-        scale=term.scale if term.scale in ("none", "std") else float(term.scale),
-        clip=None if term.clip is None else float(term.clip),
-        time_limit=None if term.time_limit is None else float(term.time_limit),
-        gate=_parse_gate(name, term.gate),
-    )
+    """The term, its numbers as floats; raises ConfigurationError for a value that makes no sense."""
+    for key, (makes_sense, expected) in _VALUES.items():
+        if not makes_sense(value := getattr(term, key)):
+            raise ConfigurationError(f"rewards.{name}: expected {expected} {value!r}")
+    return replace(term, **{key: _as_floats(getattr(term, key)) for key in ("weight", "scale", "clip", "time_limit")})
 
 
-def _parse_weight(name: str, weight: Any) -> Weight:
-    if _is_number(weight):
-        return float(weight)
-    if isinstance(weight, Mapping) and weight:
-        epochs = all(type(epoch) is int and epoch >= 0 for epoch in weight)
-        if epochs and all(_is_number(value) for value in weight.values()):
-            return {epoch: float(value) for epoch, value in weight.items()}
-    raise ConfigurationError(
-        f"rewards.{name}: expected a number as weight, or one for some epochs, with straight lines between them, as "
-        f"{{0: 1.0, 20: 0.3}}, got weight {weight!r}"
-    )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _parse_gate(name: str, gate: Any) -> Gate | None:
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_positive_or_none(value: Any) -> bool:
+    return value is None or _is_positive(value)
+
+
+def _is_weight(weight: Any) -> bool:
+    if not isinstance(weight, Mapping):
+        return _is_number(weight)
+    epochs = all(type(epoch) is int and epoch >= 0 for epoch in weight)
+    return bool(weight) and epochs and all(map(_is_number, weight.values()))
+
+
+def _is_gate(gate: Any) -> bool:
     if gate is None:
-        return None
-    given = vars(gate) if isinstance(gate, Gate) else gate
+        return True
+    if not isinstance(gate, Gate) or not isinstance(gate.reward, str):
+        return False
+    bounds = (gate.above, gate.below)
+    numbers = all(type(bound) in (int, float) for bound in bounds)
+    return numbers and gate.above < gate.below and bounds != (-math.inf, math.inf)
+
+
+def _is_device(device: Any) -> bool:
     try:
-        parsed = Gate(**given)
-        bounds = (parsed.above, parsed.below)
-        well = isinstance(parsed.reward, str) and parsed.above < parsed.below and bounds != (-math.inf, math.inf)
-    except TypeError:  # no mapping, another key, or a bound that is no number
-        well = False
-    if not well or not all(type(bound) in (int, float) for bound in bounds):
-        raise ConfigurationError(
-            f"rewards.{name}: expected a gate like {{reward: OCR, above: 0.8}}, with above, below, or both with above "
-            f"the smaller, got {gate!r}"
-        )
-    return parsed
+        torch.device(device or "cpu")
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "weight": (_is_weight, "a number as weight, or one for some epochs, with straight lines between them, as "
+               "{0: 1.0, 20: 0.3}, got weight"),
+    "scale": (lambda scale: scale in ("none", "std") or _is_positive(scale),
+              "scale none, std or a number above 0, got scale"),
+    "clip": (_is_positive_or_none, "clip null or a number above 0, got clip"),
+    "gate": (_is_gate, "a gate like {reward: OCR, above: 0.8}, with above, below, or both with above the smaller, got"),
+    "device": (_is_device, "a device like cpu or cuda:1, got"),
+    "time_limit": (_is_positive_or_none, "time_limit null or seconds above 0, got time_limit"),
+}  # fmt: skip
+"""Key of a term -> whether a value makes sense, and what is expected."""
+
+
+def _as_floats(value: Any) -> Any:
+    """Numbers as floats, of a schedule too; the rest as it is."""
+    if isinstance(value, Mapping):
+        return {epoch: float(number) for epoch, number in value.items()}
+    return float(value) if _is_number(value) else value
 
 
 def _check_gate(name: str, gate: Gate, terms: Mapping[str, RewardTerm]) -> None:
+    """Raises ConfigurationError for a gate on a term that is not there, or that has a gate itself."""
     others = sorted(other for other, term in terms.items() if term.gate is None)
     if gate.reward not in others:
         problem = "has a gate itself" if gate.reward in terms else "is not in the mixture"
@@ -205,11 +239,3 @@ def _check_gate(name: str, gate: Gate, terms: Mapping[str, RewardTerm]) -> None:
             f"rewards.{name}: expected a gate on a term without one, of {', '.join(others) or 'which there is none'}; "
             f"{gate.reward!r} {problem} (a term with weight 0 is scored, and can be a gate)"
         )
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,11 @@
     --model.rewards.small.gate.above 0.9
     --model.metrics.exact_match.reward.init_args.detect true
 
-A new name and a weight add a term. The parser by itself would put a new term in the old one's place.
+A new name and a weight add a term.
+
+Why the parser does not do this, with a mixture of the type `dict[str, float | RewardTerm]`: it would put `0.3` in the
+place of a long form, knows no key below a short form or a dotted name, takes no single option of a reward, and lays
+the terms of a second file over those of the first, where a mixture replaces a mixture.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader
@@ -22,14 +26,20 @@ from jsonargparse import ArgumentParser, get_loader
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward.term import KEYS
 
-_OPTION = re.compile(r"--model\.(rewards|metrics)\.([^=]+)(?:=(.*))?", flags=re.DOTALL)
+MIXTURES = ("model.rewards", "model.metrics")
+_OPTION = re.compile(rf"--({'|'.join(map(re.escape, MIXTURES))})\.([^=]+)(?:=(.*))?", flags=re.DOTALL)
 
-Change = tuple[str, str, str]
-"""`rewards` or `metrics`, the path in it, and the value as it was written."""
+
+class Change(NamedTuple):
+    """`--MIXTURE.PATH TEXT`: one value, as it was written."""
+
+    mixture: str
+    path: str
+    text: str
 
 
 def with_changes(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
-    """A command line in which changes of mixtures have become whole mixtures, at its end.
+    """A command line in which changes of mixtures have become complete mixtures, at its end.
 
     Args:
         parser: of the command line.
@@ -41,23 +51,24 @@ def with_changes(parser: ArgumentParser, arguments: Sequence[str]) -> list[str]:
     others, changes = split_arguments(arguments)
     if not changes:
         return others
-    command = int(bool(others) and not others[0].startswith("-"))
-    rest = [argument for argument in others[command:] if not argument.startswith("--print_config")]
-    config = parser.parse_args([*others[:command], "--model.rewards={}", *rest]).as_dict()
-    model = config[config["subcommand"]]["model"] if command else config["model"]
+    config = _parse(parser, others)
+    mixtures = {change.mixture: config[change.mixture] or {} for change in changes}
     for mixture, path, text in changes:
         try:
-            model[mixture] = changed(model[mixture] or {}, path, get_loader("yaml")(text))
+            mixtures[mixture] = changed(mixtures[mixture], path, get_loader("yaml")(text))
         except (yaml.YAMLError, ConfigurationError) as error:
             problem = f"not YAML: {text!r}" if isinstance(error, yaml.YAMLError) else str(error)
-            raise ConfigurationError(f"--model.{mixture}.{path}: {problem}") from error
-    whole = {mixture: model[mixture] for mixture, _, _ in changes}
-    return others + [f"--model.{mixture}={_one_line(terms)}" for mixture, terms in whole.items()]
+            raise ConfigurationError(f"--{mixture}.{path}: {problem}") from error
+    one_line = {"default_flow_style": True, "width": math.inf, "sort_keys": False}
+    return others + [f"--{mixture}={yaml.safe_dump(terms, **one_line)}" for mixture, terms in mixtures.items()]
 
 
-def _one_line(terms: Mapping[str, Any]) -> str:
-    text: str = yaml.safe_dump(dict(terms), default_flow_style=True, width=math.inf, sort_keys=False)
-    return text
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
+    """The configuration of a command, or of arguments without one; rewards may be missing, and nothing is printed."""
+    command = int(bool(arguments) and not arguments[0].startswith("-"))
+    rest = [argument for argument in arguments[command:] if not argument.startswith("--print_config")]
+    config = parser.parse_args([*arguments[:command], "--model.rewards={}", *rest])
+    return config[config["subcommand"]] if command else config
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Change]]:
@@ -67,8 +78,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Change]]:
         ConfigurationError: one without a value.
 
     Example:
-        >>> split_arguments(["fit", "--model.rewards.OCR", "0.3", "--model.rewards.small.scale=std"])
-        (['fit'], [('rewards', 'OCR', '0.3'), ('rewards', 'small.scale', 'std')])
+        >>> others, changes = split_arguments(["fit", "--model.rewards.OCR", "0.3", "--model.rewards.small.scale=std"])
+        >>> others, [change.path for change in changes], [change.text for change in changes]
+        (['fit'], ['OCR', 'small.scale'], ['0.3', 'std'])
     """
     others: list[str] = []
     changes: list[Change] = []
@@ -77,10 +89,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Change]]:
         if (found := _OPTION.fullmatch(argument)) is None:
             others.append(argument)
             continue
-        value = next(left, None) if found[3] is None else found[3]
-        if value is None:
+        text = next(left, None) if found[3] is None else found[3]
+        if text is None:
             raise ConfigurationError(f"{argument}: expected a value after it")
-        changes.append((found[1], found[2], value))
+        changes.append(Change(found[1], found[2], text))
     return others, changes
 
 
@@ -90,7 +102,7 @@ def changed(mixture: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
     Args:
         mixture: as a configuration has it.
         path: `NAME`, for the weight, or `NAME.KEY` and so on.
-        value: the new one.
+        value: the new one; a mapping with `reward` takes a term's place.
 
     Raises:
         ConfigurationError: no such term, or nothing to change below a value.
@@ -102,21 +114,26 @@ def changed(mixture: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
         {'OCR': {'reward': 'OCR', 'weight': 1.0, 'scale': 'std'}}
     """
     terms = deepcopy(dict(mixture))
-    name = max((name for name in terms if f"{path}.".startswith(f"{name}.")), key=len, default=path)
-    term, keys = terms.get(name), path[len(name) + 1 :].split(".")
-    new, _, key = path.partition(".")
-    if name not in terms and key.partition(".")[0] in KEYS:
-        raise ConfigurationError(f"there is no {new!r} to change, only {', '.join(terms) or 'an empty mixture'}")
-    if keys == [""]:
-        if not isinstance(term, dict) or (isinstance(value, Mapping) and "reward" in value):
-            return terms | {name: value}
-        keys = ["weight"]
+    name, keys = _split_path(path, terms)
+    term = terms.get(name)
+    if not keys and (not isinstance(term, dict) or (isinstance(value, Mapping) and "reward" in value)):
+        return terms | {name: value}
     node = terms[name] = term if isinstance(term, dict) else {"reward": name, "weight": term}
-    for key in keys[:-1]:
+    *above, last = keys or ["weight"]
+    for key in above:
         below = node.get(key) or {}
         node[key] = {"class_path": below} if key == "reward" and isinstance(below, str) else below
         node = node[key]
         if not isinstance(node, dict):
             raise ConfigurationError(f"expected options below {key}, got {node!r}")
-    node[keys[-1]] = value
+    node[last] = value
     return terms
+
+
+def _split_path(path: str, terms: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """A term's name, which may have dots in it, and the keys below; a name that is not there yet has none."""
+    name = max((name for name in terms if f"{path}.".startswith(f"{name}.")), key=len, default=path)
+    new, *keys = path.split(".")
+    if name not in terms and keys and keys[0] in KEYS:
+        raise ConfigurationError(f"there is no {new!r} to change, only {', '.join(terms) or 'an empty mixture'}")
+    return name, path[len(name) + 1 :].split(".") if name != path else []
