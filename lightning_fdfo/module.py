@@ -1,7 +1,7 @@
 """FDFOModule: the LightningModule that owns flow, sampling settings and rewards; its training_step is the objective.
 
 Lightning does the rest: accumulation, clipping, precision, strategies, loggers, checkpoints. Not here: the mathematics
-(objective.py, sampling.py), the rollout (rollout.py), and hyper-parameters in checkpoints, which would silently
+(objective.py, sampling.py), the rollout (rollout/pairs.py), and hyper-parameters in checkpoints, which would silently
 override a configuration on resume; the record of a run is its config.yaml.
 """
 

@@ -233,7 +233,7 @@ class FDFOCLI(LightningCLI):
             config.ckpt_path = "last"
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; one value of a mixture's term may be changed by itself, see mixture_arguments.py."""
+        """Parses; one value of a mixture's term may be changed by itself, see configuration/mixture_arguments.py."""
         given = sys.argv[1:] if args is None else args
         self.resume_overrides = given_on_command_line(given)
         whole = with_changes(parser, given)

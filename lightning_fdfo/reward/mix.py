@@ -5,7 +5,7 @@
       small: {reward: {class_path: JPEGSize, init_args: {sign: -1}}, weight: 0.1, scale: std}
       watched: {reward: my_package.my_module.redness, weight: 0}   # scored and logged, not trained on
 
-What a term is: reward_term.py. How images are scored: reward_set.py. Which prompts a term is for: routing.py.
+What a term is: reward/term.py. How images are scored: reward/scorer.py. Which prompts a term is for: reward/routing.py.
 
 Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 """

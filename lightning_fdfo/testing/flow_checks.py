@@ -290,7 +290,8 @@ def _lora_exports(subject: Subject) -> str | None:
         subject.plain.load_lora_weights(load_file(file))
     if settings.get("lora_alpha", 2) != 2 or settings.get("use_rslora") or settings.get("alpha_pattern"):
         return (
-            "the file's metadata has an alpha that is not the rank: fold the scale into the weights (lora_folding.py)"
+            "the file's metadata has an alpha that is not the rank: "
+            "fold the scale into the weights (flows/lora_folding.py)"
         )
     ours, theirs = subject.our_images(size, guidance_scale), subject.their_images(size, guidance_scale)
     if subject.far(theirs, base) is None:
@@ -298,7 +299,7 @@ def _lora_exports(subject: Subject) -> str | None:
     largest = subject.far(ours, theirs)
     if largest is None:
         return None
-    return f"pixels differ by up to {largest:.2e}: is the scale, alpha / rank, in the weights (lora_folding.py)?"
+    return f"pixels differ by up to {largest:.2e}: is the scale, alpha / rank, in the weights (flows/lora_folding.py)?"
 
 
 CHECKS: tuple[Check, ...] = (
