@@ -34,6 +34,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.generate import paint
 from lightning_fdfo.flows.lora import LoRA, dropout_layers
 from lightning_fdfo.flows.lora_contents import check_lora_file, describe_lora
+from lightning_fdfo.flows.lora_files import add_lora, adopt_lora, check_lora
 from lightning_fdfo.guards.capacity import check_capacity
 from lightning_fdfo.guards.finite_weights import FiniteWeights, advice
 from lightning_fdfo.guards.learning_guard import LearningGuard, check_trainable
@@ -224,7 +225,7 @@ class FDFOModule(LightningModule):
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
         with suppress(ConfigurationError):
-            self.flow.check()
+            self.flow.validate()
             self.flow.outline()  # a model that cannot be had: no need to fetch gigabytes for its rewards
             self.fetch_weights()
 
@@ -251,19 +252,19 @@ class FDFOModule(LightningModule):
                 "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
             )
         check_strategy(self.trainer.strategy)
-        self.flow.check()
-        if self.lora is None and getattr(self.flow, "quantization", None) is not None:
-            raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
+        self.flow.validate()
+        if self.lora is None:
+            self.flow.check_trains_all()
         if self.lora is not None and self.lora.init_lora is not None:
             check_lora_file(Path(self.lora.init_lora), "lora.init_lora")
-            self.flow.check_lora(Path(self.lora.init_lora))
+            check_lora(self.flow, Path(self.lora.init_lora))
         if self._model_is_ready and self.lora_file != self._adopted:
             raise ConfigurationError(
                 "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
                 "a new module"
             )
         if self.lora_file is not None:
-            self.flow.check_lora(self.lora_file)
+            check_lora(self.flow, self.lora_file)
         self.check_fits(stage)
         if stage == "test" and self.embedder is not None:
             images = getattr(self.trainer.datamodule, "images_per_prompt", None)  # type: ignore[attr-defined]
@@ -348,11 +349,11 @@ class FDFOModule(LightningModule):
         # Eval mode is meant: rollout and training must see the same velocities.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
         if self.lora_file is not None:
-            adopted = self.flow.adopt_lora(self.lora_file)
+            adopted = adopt_lora(self.flow, self.lora_file)
             layers = describe_lora(self.flow.transformer, self.flow.lora_targets)
             rank_zero_info(f"LoRA of rank {adopted.rank} on {layers}, from {self.lora_file}")
         elif self.lora is not None:
-            bound = self.flow.add_lora(self.lora, self.seed)
+            bound = add_lora(self.flow, self.lora, self.seed)
             self._dropouts = dropout_layers(self.flow.transformer)
             rank_zero_info(f"LoRA of rank {self.lora.rank} on {len(bound)} layers")
         else:
@@ -361,19 +362,19 @@ class FDFOModule(LightningModule):
             check_trainable(self)
 
     def _cache_texts(self) -> None:
-        """Lets the flow encode all texts now, if it caches them: each device its share, then what is still missing."""
+        """Lets the flow encode all texts now, if it caches them."""
         if not self._texts:
             return
-        texts = [prompt.text for prompt in self._texts]
-        guided = self.sampling.guidance_scale != 1.0
-        negatives = [prompt.negative for prompt in self._texts] if guided else []
-        strategy = self.trainer.strategy
-        share = slice(self.trainer.global_rank, None, self.trainer.world_size)
+        negatives = self.flow.uses_negatives(self.sampling.guidance_scale)
         with self.trainer.precision_plugin.forward_context():
-            with suppress(ConfigurationError):  # told below, by all that cannot write: the others wait here
-                self.flow.cache_texts(texts[share], negatives[share], strategy.root_device)
-            strategy.barrier()
-            self.flow.cache_texts(texts, negatives, strategy.root_device)
+            self.flow.prepare_texts(
+                [prompt.text for prompt in self._texts],
+                [prompt.negative for prompt in self._texts] if negatives else [],
+                self.trainer.strategy.root_device,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                barrier=self.trainer.strategy.barrier,
+            )
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable weights, and the scheduler, stepped after each update."""

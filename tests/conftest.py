@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
 
@@ -40,7 +40,7 @@ class ToyFlow(FlowModel):
 
     lora_targets = ("first", "second")
 
-    def check(self) -> None: ...
+    def validate(self) -> None: ...
 
     def load(self) -> None:
         self.transformer = ToyTransformer().requires_grad_(False).eval()
@@ -64,8 +64,6 @@ class ToyFlow(FlowModel):
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.sigmoid()
-
-    def save_lora(self, folder: Path) -> None: ...
 
 
 def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> Tensor:

@@ -25,8 +25,9 @@ from lightning_fdfo.commands.cli import MAX_NODES, RunRecord
 from lightning_fdfo.commands.score_folder import Row, print_scores
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretrained
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_files import add_lora, fill_lora
 from lightning_fdfo.flows.text_cache import TextCache
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.prompts import read_prompts
@@ -183,9 +184,9 @@ def test_a_bomb_as_a_lora(fit_refused, exploded, tmp_path, name):
 def test_a_bomb_as_a_lora_is_not_run_by_the_flow_either(exploded, tmp_path):
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
-    flow.add_lora(LoRA(rank=2), seed=0)
+    add_lora(flow, LoRA(rank=2), seed=0)
     with pytest.raises(Exception, match=r"."):
-        flow.load_lora(plant(exploded, tmp_path / "lora.bin"))
+        fill_lora(flow, plant(exploded, tmp_path / "lora.bin"))
 
 
 LOADERS = {
@@ -372,9 +373,9 @@ def test_names_in_safetensors_are_no_paths(tmp_path):
     assert made.parent == home
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
-    flow.add_lora(LoRA(rank=2), seed=0)
+    add_lora(flow, LoRA(rank=2), seed=0)
     with pytest.raises(Exception, match=r"."):
-        flow.load_lora(home / "x.safetensors")
+        fill_lora(flow, home / "x.safetensors")
     assert set(tmp_path.rglob("*")) - before == {made}
     assert not Path("/x").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -10,6 +11,8 @@ from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path, is_first_process
 from lightning_fdfo.finite import check_trained
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.lora_files import save_lora
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.training.ema import EMA
 
@@ -54,7 +57,7 @@ def _write_lora(pl_module: LightningModule, folder: Path) -> None:
     partial = folder / ".partial"
     if is_first_process():
         partial.mkdir(parents=True, exist_ok=True)
-    pl_module.flow.save_lora(partial)  # type: ignore[union-attr,operator]
+    save_lora(cast(FlowModel, pl_module.flow), partial)
     if is_first_process():
         for file in partial.iterdir():
             with atomic_path(folder / file.name) as target:  # its mode follows the umask, safetensors' own does not

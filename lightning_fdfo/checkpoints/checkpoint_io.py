@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path, format_bytes
-from lightning_fdfo.flows.lora_file import LORA_FILE
+from lightning_fdfo.flows.lora_files import LORA_FILE
 
 LIGHTNINGS = {"state_dict": dict, "pytorch-lightning_version": str}
 """What every checkpoint of Lightning's holds."""

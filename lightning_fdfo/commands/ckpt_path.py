@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.lora_contents import check_lora_file
-from lightning_fdfo.flows.lora_file import LORA_FILE
+from lightning_fdfo.flows.lora_files import LORA_FILE
 from lightning_fdfo.hub import HUB_NAME, Weights
 
 if TYPE_CHECKING:

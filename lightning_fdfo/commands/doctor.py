@@ -129,7 +129,7 @@ def before_loading(
             check = partial(callback.setup, trainer, module, "fit")
             yield _tried(check, f"{type(callback).__name__} fits the configuration")
     yield _tried(
-        module.flow.check, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
+        module.flow.validate, f"{getattr(module.flow, 'pretrained', 'the model')} is a model that the flow serves"
     )
     yield from _fits(module)
     yield _tried(module.fetch_weights, f"the weights of {', '.join(module.rewards.terms)} are available")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows import DiffusersFlow
-from lightning_fdfo.flows.base import Conditioning
-from lightning_fdfo.flows.generate import uses_negatives
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.guards import memory
 from lightning_fdfo.guards.learning import nothing_learned
 from lightning_fdfo.module import FDFOModule
@@ -229,7 +228,7 @@ def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:
         sampling = module.sampling
         parts["activations of a batch"] = memory.activation_bytes(
             len(module.flow.blocks),
-            module.batch_size * (2 if uses_negatives(module.flow, sampling.guidance_scale) else 1),
+            module.batch_size * (2 if module.flow.uses_negatives(sampling.guidance_scale) else 1),
             module.flow.num_tokens(sampling.height, sampling.width, conditioning),
             module.flow.width,
             bytes_per_value=4 if module.trainer.precision == "32-true" else 2,

@@ -76,7 +76,7 @@ def export(
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigurationError(f"--ckpt_path: expected a checkpoint's file, {checkpoint} is not there")
     flow = flow_of(files.config)
-    flow.check()
+    flow.validate()
     with atomic_folder(folder) as partial:
         if has_lora:
             write_lora(flow, run, files.config, checkpoint, partial)

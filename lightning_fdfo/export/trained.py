@@ -17,8 +17,7 @@ from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_contents import check_lora_file
-from lightning_fdfo.flows.lora_file import LORA_FILE
-from lightning_fdfo.flows.lora_folding import fold_file
+from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, fold_file, save_lora
 
 PREFIX = "flow.transformer."
 """Of a checkpoint's names: where the module keeps the transformer."""
@@ -56,9 +55,9 @@ def write_lora(
         return
     weights = trained_weights(checkpoint)
     flow.load()
-    flow.add_lora(LoRA(**config["model"]["lora"]), seed=0)
+    add_lora(flow, LoRA(**config["model"]["lora"]), seed=0)
     _fill(flow, weights)
-    flow.save_lora(folder)
+    save_lora(flow, folder)
 
 
 def write_pipeline(flow: DiffusersFlow, lora: Path | None, checkpoint: Path | None, folder: Path) -> None:

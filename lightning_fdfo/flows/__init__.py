@@ -1,6 +1,7 @@
 """Base models, one family a file; `DiffusersFlow(pretrained)` gives the one that serves a pipeline."""
 
-from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.flows.flux import Flux
 from lightning_fdfo.flows.flux2 import Flux2

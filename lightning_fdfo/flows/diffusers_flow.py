@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -22,15 +22,12 @@ import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.files import is_first_process
-from lightning_fdfo.finite import check_trained, first_not_finite
-from lightning_fdfo.flows.base import Conditioning, FlowModel
-from lightning_fdfo.flows.lora_file import LORA_FILE, adapter_metadata, sort_metadata
-from lightning_fdfo.flows.lora_folding import folded
+from lightning_fdfo.finite import first_not_finite
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.model_files import (
     CONFIGURATION,
     UNREADABLE,
@@ -51,7 +48,6 @@ from lightning_fdfo.flows.registry import (
 )
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
 from lightning_fdfo.hub import HUB_NAME, is_hubs, out_of_reach
-from lightning_fdfo.parallel import whole
 
 TextEncoders = Literal["offload", "keep", "cache"]
 JOINT_ATTENTION = (
@@ -85,8 +81,8 @@ class DiffusersFlow(Adapter, FlowModel):
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ConfigurationError: no adapter serves the pipeline; from `check` and `load`, if it is of another class than the
-            adapter's or cannot be had.
+        ConfigurationError: no adapter serves the pipeline; from `validate` and `load`, if it is of another class than
+            the adapter's or cannot be had.
 
     Example:
         >>> type(DiffusersFlow("tiny-digits")).__name__
@@ -232,7 +228,7 @@ class DiffusersFlow(Adapter, FlowModel):
         transformer: nn.Module = self.pipeline.transformer
         return transformer
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Raises ConfigurationError for a setting that cannot work, or a folder that is not a pipeline of this class.
 
         A hub name is not asked for.
@@ -247,7 +243,7 @@ class DiffusersFlow(Adapter, FlowModel):
         """Loads the pipeline, without text encoders where their outputs are cached."""
         if "pipeline" in self._holder:
             return
-        self.check()
+        self.validate()
         absent = self._parts("text_encoder", "tokenizer") if self.text_encoders == "cache" else []
         pipeline = self.load_pipeline(**dict.fromkeys(absent))
         for name in self._parts("text_encoder", "vae", "transformer"):
@@ -411,13 +407,30 @@ class DiffusersFlow(Adapter, FlowModel):
             return self._cache(negative).read(texts).to(self._device).tensors
         return self.encode_texts(self.pipeline, list(texts), self._device, negative)
 
-    def cache_texts(self, prompts: Sequence[str], negative_prompts: Sequence[str], device: torch.device) -> None:
-        """Encodes what the cache lacks, with text encoders that are loaded for that and then freed."""
-        if self.text_encoders == "cache":
-            self._device = device
-            self._cache_texts(prompts, negative=False)
-            self._cache_texts(negative_prompts, negative=True)
-            self._holder.pop("text_pipeline", None)
+    def prepare_texts(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Encodes what the cache lacks, each process its share, with text encoders that are freed after it."""
+        if self.text_encoders != "cache":
+            return
+        self._device = device
+        share = slice(rank, None, world_size)
+        with suppress(ConfigurationError):  # all processes report it below: here the others wait
+            self._fill_cache(prompts[share], negative_prompts[share])
+        barrier()
+        self._fill_cache(prompts, negative_prompts)
+
+    def _fill_cache(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> None:
+        self._cache_texts(prompts, negative=False)
+        self._cache_texts(negative_prompts, negative=True)
+        self._holder.pop("text_pipeline", None)
 
     @torch.no_grad()
     def _cache_texts(self, texts: Sequence[str], negative: bool) -> None:
@@ -493,7 +506,7 @@ class DiffusersFlow(Adapter, FlowModel):
         """The transformer's output, with classifier-free guidance in one doubled batch."""
         sigma = sigma.to(latents.device).expand(len(latents))
         positive, negative = _split(conditioning)
-        if guidance_scale == 1.0 or self.guidance != "classifier-free":
+        if not self.uses_negatives(guidance_scale):
             return self._predict(latents, sigma, positive, guidance_scale)
         if not negative.tensors:
             raise ValueError(f"guidance_scale={guidance_scale} needs encode(prompts, negative_prompts)")
@@ -507,10 +520,14 @@ class DiffusersFlow(Adapter, FlowModel):
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in conditioning.tensors.items()}
         return self.predict(latents.to(dtype), sigma, tensors, guidance_scale).float()
 
+    @property
+    def lora_reader(self) -> Callable[..., Any]:
+        """The pipeline's own."""
+        reader: Callable[..., Any] = self.pipeline_class.lora_state_dict
+        return reader
+
     def train_all(self) -> None:
         """Makes the whole loaded transformer trainable, in float32."""
-        if self.quantization is not None:
-            raise ConfigurationError("flow.quantization: quantised weights cannot train; use a LoRA")
         super().train_all()
         self._compute_dtype = torch.float32
 
@@ -535,43 +552,6 @@ class DiffusersFlow(Adapter, FlowModel):
         """Tokens of an image and its text."""
         pixels = height * width // self.size_multiple**2
         return pixels + max(t.shape[1] for t in conditioning.tensors.values() if t.ndim == 3)
-
-    # LoRA files
-
-    def save_lora(self, folder: Path) -> None:
-        """By the pipeline's own `save_lora_weights`, the scale folded into the weights, with the metadata that says so.
-
-        Raises:
-            DivergenceError: a weight is not finite; nothing is written.
-        """
-        transformer = self.pipeline.transformer
-        weights, settings = folded(whole(get_peft_model_state_dict(transformer)), adapter_metadata(transformer))
-        check_trained(weights)
-        if not is_first_process():
-            return
-        self.pipeline_class.save_lora_weights(
-            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=settings
-        )
-        sort_metadata(folder / LORA_FILE)
-
-    def read_lora(self, file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """By the pipeline's own `lora_state_dict`, which knows other trainers' formats too."""
-        read = self.pipeline_class.lora_state_dict
-        options = {"weight_name": file.name, "return_lora_metadata": True}
-        try:
-            if "return_alphas" in inspect.signature(read).parameters:  # it would drop them, were they not asked for
-                state, alphas, metadata = read(file.parent, return_alphas=True, **options)
-            else:
-                (state, metadata), alphas = read(file.parent, **options), None
-        except Exception as error:  # its converters raise many kinds for a file that is of another model or format
-            raise ConfigurationError(
-                f"LoRA {file}: diffusers cannot read it for a {self.pipeline_class.__name__}: {error}; expected "
-                "transformer.LAYER.lora_A.weight and lora_B.weight, or another trainer's format for this very model"
-            ) from error
-        own = {name.removeprefix("transformer."): value for name, value in (metadata or {}).items()}
-        each = {n.removeprefix("transformer.").removesuffix(".alpha"): float(a) for n, a in (alphas or {}).items()}
-        own["alpha_pattern"] = each | (own.get("alpha_pattern") or {})
-        return state, own
 
 
 def check_settings(flow: DiffusersFlow) -> None:

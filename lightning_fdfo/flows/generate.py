@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.watched_velocity import WatchedVelocity
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
@@ -65,7 +66,7 @@ def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: f
         guidance_scale: 1 uses no negative prompts.
         batch_size: texts that are encoded at once.
     """
-    with_negatives = uses_negatives(flow, guidance_scale)
+    with_negatives = flow.uses_negatives(guidance_scale)
     parts = []
     with flow.encoding():
         for start in range(0, len(prompts), batch_size):
@@ -73,8 +74,3 @@ def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: f
             negatives = [prompt.negative for prompt in chunk] if with_negatives else None
             parts.append(flow.encode([prompt.text for prompt in chunk], negatives))
     return Conditioning.cat(parts)
-
-
-def uses_negatives(flow: FlowModel, guidance_scale: float) -> bool:
-    """Whether guidance needs the negative prompts."""
-    return guidance_scale != 1.0 and flow.guidance == "classifier-free"

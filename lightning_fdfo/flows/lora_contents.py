@@ -53,7 +53,7 @@ def lora_in_file(state: Mapping[str, Tensor], metadata: Mapping[str, Any], file:
     """The settings of the LoRA that a file holds.
 
     Args:
-        state: the file's, as `fill_lora` takes it.
+        state: the file's, as `copy_into_lora` takes it.
         metadata: the file's.
         file: for messages.
 
@@ -95,7 +95,7 @@ def check_layers(transformer: nn.Module, state: Mapping[str, Tensor], metadata: 
 
     Args:
         transformer: loaded, without a LoRA.
-        state: the file's, as `fill_lora` takes it.
+        state: the file's, as `copy_into_lora` takes it.
         metadata: the file's; without targets in it nothing can be known.
         file: for messages.
     """
@@ -170,7 +170,7 @@ def settings_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
 # Between files and a bound LoRA
 
 
-def fill_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: Path) -> None:
+def copy_into_lora(transformer: Any, state: Mapping[str, Tensor], metadata: Mapping[str, Any], file: Path) -> None:
     """Copies a LoRA file's weights into the LoRA that a transformer has, scaled so that they do what they did.
 
     Args:

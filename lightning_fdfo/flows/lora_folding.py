@@ -5,21 +5,12 @@ A scale is alpha / rank, and alpha stands in metadata that not every program rea
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_fdfo.flows.lora_contents import PREFIX, layers_with, scale_in_file, settings_in
-from lightning_fdfo.flows.lora_file import sort_metadata
-
-METADATA = "lora_adapter_metadata"
-"""Key of a file's header under which diffusers keeps PEFT's settings, as JSON."""
+from lightning_fdfo.flows.lora_contents import PREFIX, layers_with, scale_in_file
 
 
 def folded(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,23 +43,3 @@ def folded(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> tuple[di
     rank = settings.get("r", next(iter(ranks.values()), 0))
     unscaled = {"lora_alpha": rank, "use_rslora": False, "alpha_pattern": dict(settings.get("rank_pattern") or {})}
     return weights, {**settings, **unscaled}
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """PEFT's settings in a file's header, as diffusers writes them; none without."""
-    with safe_open(file, framework="pt") as content:
-        settings: dict[str, Any] = json.loads((content.metadata() or {}).get(METADATA, "{}"))
-    return settings
-
-
-def fold_file(source: Path, target: Path) -> None:
-    """Copies a LoRA file by diffusers, its scale folded into its weights; one without metadata has scale 1 already."""
-    settings, state = read_settings(source), load_file(source)
-    own = {name: value for name, value in settings.items() if name.startswith(PREFIX)}
-    weights, unscaled = folded(state, settings_in(own))
-    described = {**settings, **{f"{PREFIX}{name}": value for name, value in unscaled.items()}}
-    if not own or described == settings:
-        shutil.copyfile(source, target)
-        return
-    save_file(weights, target, {"format": "pt", METADATA: json.dumps(described, indent=2, sort_keys=True)})
-    sort_metadata(target)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 
 SMALL = 1 << 24
 """Bytes of a file whose content is hashed; of larger ones size and time of change."""

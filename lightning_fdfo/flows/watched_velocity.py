@@ -12,7 +12,7 @@ from lightning_fdfo.errors import DivergenceError
 from lightning_fdfo.sampling import Velocity
 
 if TYPE_CHECKING:
-    from lightning_fdfo.flows.base import Conditioning
+    from lightning_fdfo.flows.conditioning import Conditioning
 
 
 class WatchedVelocity:

@@ -15,7 +15,8 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_fdfo.errors import RewardError
-from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.objective import Normalization, direction, half_differences
 from lightning_fdfo.prompts import Prompt

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import RewardError
-from lightning_fdfo.flows.base import Conditioning, FlowModel
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.watched_velocity import WatchedVelocity
 from lightning_fdfo.image_statistics import image_statistics
 from lightning_fdfo.prompts import Prompt

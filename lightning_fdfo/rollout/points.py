@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.rollout.pairs import Rollout
 from lightning_fdfo.rollout.plan import BatchPlan

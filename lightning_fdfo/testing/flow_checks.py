@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_contents import settings_in
-from lightning_fdfo.flows.lora_file import LORA_FILE
-from lightning_fdfo.flows.lora_folding import read_settings
+from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, read_settings, save_lora
 from lightning_fdfo.sampling import sample
 from lightning_fdfo.testing.conformance import Check, Result, examine, insist
 
@@ -105,7 +104,7 @@ class Subject:
 
     def negatives(self, guidance_scale: float) -> list[str] | None:
         """Negative prompts, where they are used."""
-        return list(NEGATIVES) if guidance_scale != 1.0 and self.flow.guidance == "classifier-free" else None
+        return list(NEGATIVES) if self.flow.uses_negatives(guidance_scale) else None
 
     def latents(self, size: tuple[int, int]) -> Tensor:
         """The same for all: [3, C, H, W]."""
@@ -248,7 +247,7 @@ def _lora_binds(subject: Subject) -> str | None:
     Each of its weights must have a gradient, be it 0: DDP waits for those that have none.
     """
     before = subject.velocity()
-    bound = subject.flow.add_lora(LoRA(rank=2, alpha=6), seed=0)
+    bound = add_lora(subject.flow, LoRA(rank=2, alpha=6), seed=0)
     transformer: Any = subject.flow.transformer
     if not bound:
         return "it binds no layer: check lora_targets"
@@ -284,7 +283,7 @@ def _lora_exports(subject: Subject) -> str | None:
     size, guidance_scale = subject.sizes[0], subject.guidance_scales[-1]
     base = subject.their_images(size, guidance_scale)
     with tempfile.TemporaryDirectory() as folder:
-        subject.flow.save_lora(Path(folder))
+        save_lora(subject.flow, Path(folder))
         file = Path(folder) / LORA_FILE
         settings = settings_in(read_settings(file))
         subject.plain.load_lora_weights(load_file(file))

@@ -21,6 +21,7 @@ from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.commands.cli import FDFOCLI
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.lora_files import add_lora, save_lora
 from lightning_fdfo.flows.registry import Adapter
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward.routing import check_route, is_for, routes
@@ -136,8 +137,8 @@ def test_python_runs(page, package, tmp_path, monkeypatch):
     """In order, in one namespace; with a LoRA in the place that the first run leaves one, and a reward's weights."""
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
-    flow.add_lora(LoRA(), seed=0)
-    flow.save_lora(tmp_path / "runs/mine/lora")
+    add_lora(flow, LoRA(), seed=0)
+    save_lora(flow, tmp_path / "runs/mine/lora")
     save_file({"line": torch.tensor([1.0, 0.0, 0.0])}, tmp_path / "taste.safetensors")
     package(page)
     monkeypatch.chdir(tmp_path)

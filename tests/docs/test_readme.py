@@ -11,6 +11,7 @@ import yaml
 from lightning_fdfo import RewardMix
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.commands.rewards import parse_init_args
+from lightning_fdfo.flows.lora_files import add_lora, save_lora
 from lightning_fdfo.reward import as_reward, available_rewards, load_reward
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +105,8 @@ def test_python_runs(tmp_path, monkeypatch):
 
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
-    flow.add_lora(LoRA(), seed=0)
-    flow.save_lora(tmp_path / "runs/mine/lora")
+    add_lora(flow, LoRA(), seed=0)
+    save_lora(flow, tmp_path / "runs/mine/lora")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):

@@ -11,6 +11,7 @@ from lightning_fdfo import LoRA, Reward
 from lightning_fdfo.callbacks import EMA, MetricsWriter
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.generate import paint
+from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.image_statistics import STATISTICS
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.settings import Evaluation
@@ -36,7 +37,7 @@ def by_hand(module, weights=None):
     flow.load()
     if weights is not None:
         if module.lora is not None:
-            flow.add_lora(module.lora, module.seed)
+            add_lora(flow, module.lora, module.seed)
         state = {name.removeprefix("flow.transformer."): value for name, value in weights.items()}
         _, unexpected = flow.transformer.load_state_dict(state, strict=False)
         assert not unexpected

@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, Flux
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_files import add_lora, save_lora
 from lightning_fdfo.testing import check_flow_model
 from lightning_fdfo.testing.flow_checks import randomise
 from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
@@ -123,9 +124,9 @@ def test_a_lora_file_with_alphas_of_its_own_does_what_it_does_in_diffusers(folde
     """Files of other trainers carry an alpha a layer, which diffusers' reader drops unless it is asked for."""
     flow = Flux(str(folder), max_sequence_length=NUM_TOKENS)
     flow.load()
-    flow.add_lora(LoRA(rank=4, alpha=4), seed=0)
+    add_lora(flow, LoRA(rank=4, alpha=4), seed=0)
     randomise(flow.transformer)
-    flow.save_lora(tmp_path)
+    save_lora(flow, tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     tensors = load_file(path)
     layers = sorted({name.partition(".lora_")[0] for name in tensors})
@@ -136,7 +137,7 @@ def test_a_lora_file_with_alphas_of_its_own_does_what_it_does_in_diffusers(folde
     plain.load_lora_weights(tmp_path, weight_name=path.name)
     start = Flux(str(folder), max_sequence_length=NUM_TOKENS)
     start.load()
-    start.add_lora(LoRA(rank=4, alpha=12, init_lora=str(path)), seed=0)
+    add_lora(start, LoRA(rank=4, alpha=12, init_lora=str(path)), seed=0)
     ours, latents = start.transformer, torch.randn(2, *start.latent_shape(32, 48))
     conditioning, sigma = start.encode(["a cat", "two dogs"]), torch.tensor(0.5)
     with torch.no_grad():

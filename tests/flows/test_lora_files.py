@@ -16,9 +16,9 @@ from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError, DivergenceError
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_contents import describe_lora, lora_in_file
-from lightning_fdfo.flows.lora_file import LORA_FILE
-from lightning_fdfo.flows.lora_folding import fold_file
+from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, adopt_lora, check_lora, fold_file, save_lora
 from lightning_fdfo.sampling import sample
+from tests.conftest import ToyFlow
 from tests.flows.test_lora import LAYER, PROMPTS, bound, conditioning, latents, loaded, randomise, velocity  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def unfolded(flow, folder):
 def whole(tmp_path_factory):
     """A file as it is written, of 31 layers."""
     folder = tmp_path_factory.mktemp("whole")
-    randomise(bound(LoRA(rank=4, alpha=12))).save_lora(folder)
+    save_lora(randomise(bound(LoRA(rank=4, alpha=12))), folder)
     return folder / LORA_FILE
 
 
@@ -54,7 +54,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
 def test_the_bare_state_dict_paints_the_runs_picture(tmp_path, lora):
     flow = randomise(bound(lora))
-    flow.save_lora(tmp_path)
+    save_lora(flow, tmp_path)
     encoded = flow.encode(PROMPTS)
     with torch.no_grad():
         ours = flow.decode(sample(lambda x, s: flow.velocity(x, s, encoded), latents(), flow.sigmas(4, 32, 64)))
@@ -73,9 +73,9 @@ def test_the_bare_state_dict_paints_the_runs_picture(tmp_path, lora):
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
 def test_a_file_that_is_read_back_gives_the_runs_velocity(tmp_path, conditioning, lora):  # noqa: F811
     trained = randomise(bound(lora))
-    trained.save_lora(tmp_path)
+    save_lora(trained, tmp_path)
     expected, judged = velocity(trained, conditioning), loaded()
-    judged.adopt_lora(tmp_path / LORA_FILE)
+    adopt_lora(judged, tmp_path / LORA_FILE)
     start = LoRA(rank=4, alpha=64, dora=lora.dora, init_lora=str(tmp_path / LORA_FILE))
     for flow in (judged, bound(start)):
         torch.testing.assert_close(velocity(flow, conditioning), expected, rtol=1e-4, atol=1e-4)
@@ -90,21 +90,41 @@ def test_a_file_of_the_other_kind_is_read_and_folded_on_export(tmp_path, conditi
     assert settings_of(folded)["lora_alpha"] == 4
     for file in (other, folded):
         judged = loaded()
-        judged.adopt_lora(file)
+        adopt_lora(judged, file)
         torch.testing.assert_close(
             velocity(judged, conditioning), velocity(trained, conditioning), rtol=1e-4, atol=1e-4
         )
-    trained.save_lora(tmp_path / "own")
+    save_lora(trained, tmp_path / "own")
     own, theirs = load_file(tmp_path / "own" / LORA_FILE), load_file(folded)
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
     fold_file(folded, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == folded.read_bytes()
 
 
+def test_a_flow_without_a_diffusers_pipeline_saves_and_reads_its_lora(tmp_path):
+    trained, other = ToyFlow(), ToyFlow()
+    for flow in (trained, other):
+        flow.load()
+    bound = add_lora(trained, LoRA(rank=2, alpha=6), seed=0)
+    randomise(trained)
+    save_lora(trained, tmp_path)
+    check_lora(other, tmp_path / LORA_FILE)
+    found = adopt_lora(other, tmp_path / LORA_FILE)
+    assert (found.rank, found.alpha, sorted(found.targets)) == (2, 2, sorted(bound))
+    encoded, sigma = trained.encode(PROMPTS), torch.tensor(0.5)
+    images = torch.randn(2, 3, 2, 2)
+    with torch.no_grad():
+        expected = trained.velocity(images, sigma, encoded)
+        torch.testing.assert_close(other.velocity(images, sigma, encoded), expected)
+    (tmp_path / LORA_FILE).write_bytes(b"PK")
+    with pytest.raises(ConfigurationError, match=r"LoRA .*: expected a \.safetensors file: "):
+        check_lora(other, tmp_path / LORA_FILE)
+
+
 def test_the_scale_of_our_configurations_loses_no_bit(tmp_path):
     """64 / 32 is a power of two: what is trained is in the file, times 2, and what is read back is what was trained."""
     trained = randomise(bound(LoRA(rank=4, alpha=8)))
-    trained.save_lora(tmp_path)
+    save_lora(trained, tmp_path)
     again = dict(bound(LoRA(rank=4, alpha=8, init_lora=str(tmp_path / LORA_FILE))).transformer.named_parameters())
     assert all(torch.equal(value, again[name]) for name, value in trained.transformer.named_parameters())
 
@@ -172,9 +192,9 @@ def test_without_metadata_it_is_told_on_how_many_layers_it_is(whole, validate, t
 
 
 def test_a_lora_on_fewer_layers_is_a_lora(tmp_path):
-    bound(LoRA(rank=4, targets=("attn.to_q",))).save_lora(tmp_path)
+    save_lora(bound(LoRA(rank=4, targets=("attn.to_q",))), tmp_path)
     flow = loaded()
-    flow.adopt_lora(tmp_path / LORA_FILE)
+    adopt_lora(flow, tmp_path / LORA_FILE)
     assert describe_lora(flow.transformer, flow.lora_targets).startswith("4 of 31 layers, none on ")
     assert describe_lora(flow.transformer, ("attn.to_q",)) == "4 of 4 layers"
     assert describe_lora(flow.transformer, (LAYER,)) == "1 of 1 layers and 3 others"
@@ -208,7 +228,7 @@ def test_nothing_that_is_not_finite_is_written(tmp_path):
     flow = bound(LoRA(rank=4))
     next(value for name, value in flow.transformer.named_parameters() if "lora_A" in name).data[0, 0] = torch.inf
     with pytest.raises(DivergenceError, match=r"the trained weights are not finite: .*lora_A\.weight \(1 of"):
-        flow.save_lora(tmp_path)
+        save_lora(flow, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

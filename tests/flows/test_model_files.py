@@ -93,14 +93,14 @@ def test_a_folder_that_is_half_downloaded_is_told(folder, damage):
 
 def test_an_empty_folder_and_one_that_may_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"is no diffusers pipeline: cannot read its model_index.json"):
-        StableDiffusion3(str(tmp_path)).check()
+        StableDiffusion3(str(tmp_path)).validate()
 
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     for name in ("is_dir", "read_text"):
         monkeypatch.setattr(Path, name, refuse)
-    for ask in (lambda: DiffusersFlow(str(tmp_path)), StableDiffusion3(str(tmp_path)).check):
+    for ask in (lambda: DiffusersFlow(str(tmp_path)), StableDiffusion3(str(tmp_path)).validate):
         with pytest.raises(ConfigurationError, match=r"cannot read its model_index.json .*Permission denied"):
             ask()
 
@@ -117,9 +117,9 @@ def test_an_empty_folder_and_one_that_may_not_be_read(tmp_path, monkeypatch):
 )
 def test_settings_that_cannot_be_are_refused_before_anything_loads(options, message):
     with pytest.raises(ConfigurationError, match=f"flow.{message}"):
-        StableDiffusion3("tiny-digits", **options).check()
+        StableDiffusion3("tiny-digits", **options).validate()
 
 
 def test_a_revision_of_a_folder_has_no_effect_and_this_is_said():
     with pytest.warns(UserWarning, match="flow.revision: v7 has no effect: .* is a folder"):
-        StableDiffusion3("tiny-digits", revision="v7").check()
+        StableDiffusion3("tiny-digits", revision="v7").validate()

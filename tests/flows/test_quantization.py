@@ -8,6 +8,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3, quantization
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.quantization import BYTES, LIBRARIES, Quantization, quantization_config
 
 KINDS = get_args(Quantization)
@@ -39,7 +40,7 @@ def test_every_kind_has_a_library_and_a_size():
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_device_it_is_refused_before_anything_loads(kind, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for refused in (flow(kind).check, flow(kind).load):
+    for refused in (flow(kind).validate, flow(kind).load):
         with pytest.raises(ConfigurationError, match=f"{kind} needs a CUDA device, .* leave quantization out"):
             refused()
 
@@ -50,7 +51,7 @@ def test_without_its_library_the_extra_is_named(kind, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     message = rf"{kind} needs {LIBRARIES[kind]}: pip install 'lightning-fdfo\[quantization\]'"
     with pytest.raises(ConfigurationError, match=message):
-        flow(kind).check()
+        flow(kind).validate()
 
 
 def transformer_config(kind, monkeypatch):
@@ -107,7 +108,7 @@ def test_int8_by_torchao_trains_a_lora_and_stays_near_the_base(monkeypatch):
     with torch.no_grad():
         base, near = (each.velocity(latents, torch.tensor(0.5), conditioning) for each in (plain, quantised))
     assert 1e-5 < (near - base).norm() / base.norm() < 0.03
-    names = quantised.add_lora(LoRA(rank=2, alpha=2), seed=0)
+    names = add_lora(quantised, LoRA(rank=2, alpha=2), seed=0)
     quantised.velocity(latents, torch.tensor(0.5), conditioning).square().mean().backward()
     trained = {name: p for name, p in quantised.transformer.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(names)

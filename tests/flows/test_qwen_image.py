@@ -13,9 +13,10 @@ from diffusers import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.diffusers_flow import pack
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.qwen_image import QwenImage
 from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer
@@ -139,7 +140,7 @@ def test_every_weight_has_a_gradient_as_ddp_wants(folder, gradient_checkpointing
     assert len(flow.blocks[-1]._forward_hooks) == 1
     texts = flow.encode(["a cat", "two dogs and one cat"])
     latents = torch.randn(2, *flow.latent_shape(*SIZE))
-    for prepare in (flow.train_all, partial(flow.add_lora, LoRA(rank=2), seed=0)):
+    for prepare in (flow.train_all, partial(add_lora, flow, LoRA(rank=2), seed=0)):
         prepare()
         flow.velocity(latents, torch.tensor(0.5), texts).square().mean().backward()
         assert [name for name, p in flow.named_parameters() if p.requires_grad and p.grad is None] == []

@@ -32,7 +32,7 @@ def test_the_pipeline_names_the_adapter(tmp_path, pipeline, adapter):
     flow = DiffusersFlow(folder_of(tmp_path, pipeline), dtype="bfloat16")
     assert type(flow).__name__ == adapter
     assert str(flow.dtype) == "torch.bfloat16"
-    flow.check()
+    flow.validate()
 
 
 @pytest.mark.parametrize(("pipeline", "adapter"), SERVED.items())
@@ -57,7 +57,7 @@ def test_a_pipeline_that_no_adapter_serves_is_told_with_those_that_are(tmp_path)
 
 def test_an_adapter_refuses_another_ones_pipeline(tmp_path):
     with pytest.raises(ConfigurationError, match="holds a FluxPipeline, StableDiffusion3 expected a StableDiffusion3"):
-        StableDiffusion3(folder_of(tmp_path, "FluxPipeline")).check()
+        StableDiffusion3(folder_of(tmp_path, "FluxPipeline")).validate()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"_class_name": 3}'])

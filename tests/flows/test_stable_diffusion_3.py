@@ -9,8 +9,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.flows.lora_files import add_lora, save_lora
 from lightning_fdfo.objective import direction, half_differences, velocity_objective
 from lightning_fdfo.sampling import sample, sample_pairs
 from tests import golden_case
@@ -85,7 +86,7 @@ def test_golden_differences_and_objective(golden):
 
 def test_golden_optimiser_step(golden):
     flow, tensors, settings = golden_flow(golden), golden.tensors, golden.settings
-    flow.add_lora(LoRA(rank=settings["lora"]["r"], alpha=settings["lora"]["lora_alpha"]), seed=0)
+    add_lora(flow, LoRA(rank=settings["lora"]["r"], alpha=settings["lora"]["lora_alpha"]), seed=0)
     peft_prefix = "base_model.model."
     initial = {name.removeprefix(peft_prefix): value for name, value in golden.group("lora_init.").items()}
     assert set(initial) == set(get_peft_model_state_dict(flow.transformer))
@@ -190,7 +191,7 @@ def test_the_exported_lora_gives_the_same_images_in_plain_diffusers(tmp_path):
     flow.load()
     latents = torch.randn(2, *flow.latent_shape(32, 64))
     base = our_images(flow, latents)
-    flow.add_lora(LoRA(rank=4, alpha=12), seed=0)
+    add_lora(flow, LoRA(rank=4, alpha=12), seed=0)
     torch.testing.assert_close(our_images(flow, latents), base)
     with torch.no_grad():
         for name, parameter in flow.transformer.named_parameters():
@@ -198,7 +199,7 @@ def test_the_exported_lora_gives_the_same_images_in_plain_diffusers(tmp_path):
                 parameter.copy_(torch.randn_like(parameter) / 4)
     ours = our_images(flow, latents)
     assert (ours - base).abs().max() > 0.1
-    flow.save_lora(tmp_path)
+    save_lora(flow, tmp_path)
     pipeline = plain_pipeline()
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(their_images(pipeline, latents, guidance_scale=1.0), ours, rtol=0, atol=1e-4)
@@ -209,7 +210,7 @@ def test_lora_is_float32_on_a_bfloat16_base_and_starts_from_the_seed():
     for seed in (1, 1, 2):
         flow = StableDiffusion3("tiny-digits", dtype="bfloat16", max_sequence_length=0)
         flow.load()
-        bound = flow.add_lora(LoRA(rank=2, alpha=2), seed)
+        bound = add_lora(flow, LoRA(rank=2, alpha=2), seed)
         assert len(bound) == 31
         dtypes = {(p.requires_grad, p.dtype) for p in flow.transformer.parameters()}
         assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -222,7 +223,7 @@ def test_a_target_that_matches_nothing_is_named():
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
     with pytest.raises(ConfigurationError, match=r"'attn.to_w' matches no linear layer.*attn.to_q"):
-        flow.add_lora(LoRA(targets=("attn.to_k", "attn.to_w")), seed=0)
+        add_lora(flow, LoRA(targets=("attn.to_k", "attn.to_w")), seed=0)
 
 
 def test_sizes_that_do_not_fit_are_refused(tiny):
@@ -235,7 +236,7 @@ def test_a_folder_that_is_no_such_pipeline_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(ConfigurationError, match=r"is no diffusers pipeline|expected a StableDiffusion3Pipeline"):
-        StableDiffusion3(str(tmp_path)).check()
+        StableDiffusion3(str(tmp_path)).validate()
 
 
 def test_a_hub_name_that_cannot_be_had_is_told(monkeypatch):
@@ -254,10 +255,10 @@ def test_a_bfloat16_text_encoder_serves_a_float32_transformer():
 
 
 def test_a_hub_name_passes_and_a_missing_folder_does_not():
-    StableDiffusion3("stabilityai/stable-diffusion-3.5-medium").check()
+    StableDiffusion3("stabilityai/stable-diffusion-3.5-medium").validate()
     for name in ("tiny-digit", "./not/there", "/not/there"):
         with pytest.raises(ConfigurationError, match="none of these"):
-            StableDiffusion3(name).check()
+            StableDiffusion3(name).validate()
 
 
 def test_dynamic_shifting_is_the_schedulers_own(tiny):

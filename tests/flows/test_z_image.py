@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from transformers import Qwen3Config, Qwen3Model
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.z_image import ZImage
 from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer

@@ -110,7 +110,7 @@ def check_cached_texts(
         loaded.clear()
         flow = adapter(str(folder), text_encoders="cache", text_cache=str(cache))
         cached = subject(flow, size)
-        flow.cache_texts(PROMPTS, expected.negatives(guidance_scale) or [], torch.device("cpu"))
+        flow.prepare_texts(PROMPTS, expected.negatives(guidance_scale) or [], torch.device("cpu"))
         assert torch.equal(cached.our_images(size, guidance_scale), images)
         assert flow.text_modules == []
         assert sum("text_encoder" in parts for parts in loaded) == with_encoders

@@ -7,6 +7,7 @@ from lightning_fdfo import LoRA, Sampling
 from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.flows.generate import encode_prompts
+from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.quantization import BYTES
 from lightning_fdfo.guards.memory import activation_bytes, rollout_bytes, training_state_bytes, weight_bytes
 from lightning_fdfo.prompts import Prompt
@@ -60,7 +61,7 @@ def test_quantised_weights():
 def test_what_trains_takes_itself_its_gradient_and_two_moments():
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
     flow.load()
-    flow.add_lora(LoRA(rank=4), seed=0)
+    add_lora(flow, LoRA(rank=4), seed=0)
     trainable = [p for p in flow.transformer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable)
     for parameter in trainable:
@@ -76,7 +77,7 @@ def kept_values(mixed, checkpointing):
     dtype = "bfloat16" if mixed else "float32"
     flow = StableDiffusion3("tiny-digits", dtype, max_sequence_length=0, gradient_checkpointing=checkpointing)
     flow.load()
-    flow.add_lora(LoRA(rank=8, alpha=16), seed=0)
+    add_lora(flow, LoRA(rank=8, alpha=16), seed=0)
     conditioning = flow.encode(['"427" in red'] * 4)
     weights = {p.untyped_storage().data_ptr() for p in flow.transformer.parameters()}
     alive = {}

@@ -5,7 +5,7 @@ import scipy.stats
 import torch
 
 from lightning_fdfo import Reward, RewardMix
-from lightning_fdfo.flows.base import Conditioning
+from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from lightning_fdfo.rollout.metrics import rollout_metrics

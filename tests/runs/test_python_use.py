@@ -14,7 +14,7 @@ from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.commands import console
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3
-from lightning_fdfo.flows.lora_file import LORA_FILE
+from lightning_fdfo.flows.lora_files import LORA_FILE, save_lora
 from lightning_fdfo.remote.client import Client
 from tests.conftest import ToyFlow, trainable
 
@@ -182,7 +182,7 @@ def digits(tmp_path_factory):
     data = PromptDataModule(str(prompts), str(prompts), val_batch_size=2)
     assert type(pickle.loads(pickle.dumps(module)).flow) is StableDiffusion3  # it is not loaded yet
     trainer(folder / "run", limit_val_batches=0).fit(module, data)
-    module.flow.save_lora(folder / "lora")
+    save_lora(module.flow, folder / "lora")
     return module, data, folder
 
 

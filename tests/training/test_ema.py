@@ -4,8 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -14,7 +13,8 @@ from lightning_fdfo import LoRA, PromptDataModule
 from lightning_fdfo.callbacks import EMA, LoRAExport
 from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
-from tests.conftest import ToyFlow, trainable
+from lightning_fdfo.flows.lora_files import LORA_FILE
+from tests.conftest import trainable
 
 
 class Watch(Callback):
@@ -216,24 +216,19 @@ def test_a_decay_out_of_range_is_refused(decay):
         EMA(decay)
 
 
-class SavingFlow(ToyFlow):
-    def save_lora(self, folder):
-        save_file(get_peft_model_state_dict(self.transformer), folder / "lora.safetensors")
-
-
 @pytest.mark.parametrize("subfolder", ["lora", "out/mine"])
 def test_the_averaged_lora_is_exported_beside_the_trained_one(toy_module, fit, weights, tmp_path, subfolder):
-    ema, module = EMA(0.5), toy_module(flow=SavingFlow())
+    ema, module = EMA(0.5), toy_module(lora=LoRA(rank=2, alpha=2))
     fit(module, 2, callbacks=[LoRAExport(subfolder), ema])
     for folder, expected in ((subfolder, ema.average), (f"{subfolder}_raw", weights(module))):
-        named = {n.removeprefix("flow.transformer.").replace(".default", ""): v for n, v in expected.items()}
-        assert_same(load_file(tmp_path / folder / "lora.safetensors"), named)
-        assert [file.name for file in (tmp_path / folder).iterdir()] == ["lora.safetensors"]
+        named = {n.removeprefix("flow.").replace(".default", ""): v for n, v in expected.items()}
+        assert_same(load_file(tmp_path / folder / LORA_FILE), named)
+        assert [file.name for file in (tmp_path / folder).iterdir()] == [LORA_FILE]
 
 
 def test_without_an_average_there_is_one_export(toy_module, fit, tmp_path):
-    fit(toy_module(flow=SavingFlow()), 1, callbacks=[LoRAExport()])
-    assert (tmp_path / "lora" / "lora.safetensors").exists()
+    fit(toy_module(), 1, callbacks=[LoRAExport()])
+    assert (tmp_path / "lora" / LORA_FILE).exists()
     assert not (tmp_path / "lora_raw").exists()
 
 
