@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -17,6 +19,14 @@ from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Each test draws the same numbers, alone and among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 class ToyTransformer(nn.Module, PeftAdapterMixin):
