@@ -20,7 +20,7 @@ from lightning_fdfo.guards.learning import nothing_learned
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import direction, half_differences, velocity_objective
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward.registry import as_reward
+from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points

@@ -21,7 +21,8 @@ from rich.table import Table
 from lightning_fdfo.commands.score_folder import IMAGE_SUFFIXES, output_form, parse_device, score_folder, write_scores
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import read_prompts
-from lightning_fdfo.reward.base import FunctionReward, Reward
+from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.function import FunctionReward
 from lightning_fdfo.reward.registry import available_rewards, load_reward, load_reward_class
 from lightning_fdfo.testing.reward_checks import run_checks
 

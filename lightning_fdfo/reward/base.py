@@ -1,17 +1,7 @@
-"""Rewards: the contract, and the registry of entry points.
-
-A reward is a class that scores images. It becomes known by an entry point of its distribution:
-
-    [project.entry-points."lightning_fdfo.rewards"]
-    JPEGSize = "lightning_fdfo_rewards.jpeg_size:JPEGSize"
-
-or is named by a dotted path (`my_package.my_module.MyReward`), without packaging; a path may lead to a plain function
-of images, prompts and metadata as well. Plugins are code: installing one is trusting it.
-"""
+"""The contract of a reward: a class that scores images. How one is found by its name: registry.py."""
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -21,7 +11,6 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.hub import Weights
-from lightning_fdfo.reward.signature import check_signature
 
 Metadata = Mapping[str, Any]
 Scorer = Callable[..., Tensor]
@@ -112,34 +101,3 @@ class Reward(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Its configuration: public attributes only."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
-
-
-class FunctionReward(Reward):
-    """A plain function as a reward.
-
-    Args:
-        function: `function(images, prompts, metadata, **options) -> [N]`, as `Reward.__call__`.
-        options: keyword arguments for it.
-
-    Raises:
-        ConfigurationError: a function that does not take these.
-
-    Example:
-        >>> brightest = FunctionReward(lambda images, prompts, metadata: images.amax(dim=(1, 2, 3)))
-        >>> brightest(torch.ones(1, 3, 2, 2), [""], [{}])
-        tensor([1.])
-    """
-
-    def __init__(self, function: Scorer, **options: Any) -> None:
-        check_signature(function, options)
-        self.function = functools.partial(function, **options) if options else function
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        function = self.function.func if isinstance(self.function, functools.partial) else self.function
-        return getattr(function, "__name__", type(function).__name__)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Calls it."""
-        return self.function(images, prompts, metadata)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward.base import Metadata
-from lightning_fdfo.reward.registry import as_reward
+from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.running_std import RunningStd
 from lightning_fdfo.reward.scorer import RewardSet
 from lightning_fdfo.reward.term import parse_terms

@@ -1,4 +1,4 @@
-"""Where a reward comes from, for messages: its distribution, and the command that checks it."""
+"""Where a reward comes from, for messages and records: its distribution, its options, the command that checks it."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import functools
 import inspect
 import shlex
 import sys
-from collections.abc import Mapping
-from importlib.metadata import packages_distributions
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import yaml
 
-from lightning_fdfo.reward.base import FunctionReward, Reward
-from lightning_fdfo.reward.registry import available_rewards
+from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.function import FunctionReward
+from lightning_fdfo.reward.registry import available_rewards, distribution_name
 
 
 def describe(reward: Reward) -> str:
-    """A reward's class and the distribution that it comes from, for messages.
+    """A reward's class and the distribution that registers it, for messages; the module of one that none registers.
 
     Example:
         >>> from lightning_fdfo.reward.registry import load_reward
         >>> describe(load_reward("JPEGSize"))
         'JPEGSize of lightning-fdfo-rewards'
     """
+    entry = _entry(reward)
     source = source_of(reward)
     module = getattr(source, "__module__", None) or type(source).__module__
-    names = _distributions().get(module.partition(".")[0], [])
-    return f"{reward.name} of {names[0]}" if len(set(names)) == 1 else f"{reward.name} of the module {module}"
+    return f"{reward.name} of {f'the module {module}' if entry is None else distribution_name(entry)}"
 
 
-@functools.cache  # it looks at every installed distribution
-def _distributions() -> Mapping[str, list[str]]:
-    return packages_distributions()
+def _entry(reward: Reward) -> EntryPoint | None:
+    """The entry point that a reward was loaded by, or one that leads to its class; None if there is none."""
+    kept = vars(reward).get("_entry")
+    source = source_of(reward)
+    value = f"{getattr(source, '__module__', None)}:{getattr(source, '__qualname__', None)}"
+    return kept or next((entry for entry in available_rewards().values() if entry.value == value), None)
 
 
 def check_command(reward: Reward) -> str:
@@ -43,7 +46,8 @@ def check_command(reward: Reward) -> str:
         >>> check_command(load_reward("JPEGSize", quality=80))
         "lightning-fdfo rewards check JPEGSize --init_args '{quality: 80}'"
     """
-    name = _registered_name_or_path(reward)
+    entry = _entry(reward)
+    name = _dotted_path(reward) if entry is None else entry.name
     if name is None:  # made in a script or a function, where no command finds it
         return "lightning_fdfo.testing.check_reward(...)"
     command, options = f"lightning-fdfo rewards check {name}", _options(reward)
@@ -86,13 +90,10 @@ def made_with(reward: Reward) -> dict[str, Any]:
     return defaults | parameters.bind_partial(*arguments, **options).arguments
 
 
-def _registered_name_or_path(reward: Reward) -> str | None:
-    """None if neither a registered name nor a dotted path leads to it."""
+def _dotted_path(reward: Reward) -> str | None:
+    """None if no path leads to it."""
     source = source_of(reward)
     module, name = getattr(source, "__module__", None) or "__main__", getattr(source, "__qualname__", "")
-    for registered, entry in available_rewards().items():
-        if entry.value == f"{module}:{name}":
-            return registered
     loaded = sys.modules.get(module) if module != "__main__" else None
     return f"{module}.{name}" if loaded is not None and getattr(loaded, name, None) is source else None
 

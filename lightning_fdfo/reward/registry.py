@@ -1,4 +1,13 @@
-"""The registry: rewards by name, from the entry points of what is installed, or by a dotted path."""
+"""The registry: rewards by name, from the entry points of what is installed, or by a dotted path.
+
+A distribution makes its rewards known by entry points:
+
+    [project.entry-points."lightning_fdfo.rewards"]
+    JPEGSize = "lightning_fdfo_rewards.jpeg_size:JPEGSize"
+
+A dotted path, `my_package.my_module.MyReward`, needs no packaging, and may lead to a plain function of images, prompts
+and metadata as well. Plugins are code: to install one is to trust it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_fdfo.errors import ConfigurationError, StoppedError
-from lightning_fdfo.reward.base import FunctionReward, Reward, Scorer
-from lightning_fdfo.reward.signature import read_signature
+from lightning_fdfo.reward.base import Reward, Scorer
+from lightning_fdfo.reward.function import FunctionReward, read_signature
 
 ENTRY_POINT_GROUP = "lightning_fdfo.rewards"
 
@@ -32,7 +41,7 @@ def _entries_by_name() -> dict[str, list[EntryPoint]]:
     """All different entry points of each name; the same one twice on the path is one."""
     found: dict[str, dict[tuple[str, str], EntryPoint]] = {}
     for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name):
-        found.setdefault(entry.name, {})[_distribution(entry), entry.value] = entry
+        found.setdefault(entry.name, {})[distribution_name(entry), entry.value] = entry
     return {name: list(entries.values()) for name, entries in found.items()}
 
 
@@ -51,9 +60,9 @@ def load_reward(name: str, **init_args: Any) -> Reward:
         >>> load_reward("JPEGSize", quality=80).quality
         80
     """
-    found = load_reward_class(name)
+    found, entry = _find(name)
     try:
-        return found(**init_args) if isinstance(found, type) else FunctionReward(found, **init_args)
+        reward = found(**init_args) if isinstance(found, type) else FunctionReward(found, **init_args)
     except ConfigurationError as error:
         raise ConfigurationError(error if isinstance(found, type) else f"reward {name!r}: {error}") from error
     except (KeyboardInterrupt, StoppedError):
@@ -61,19 +70,18 @@ def load_reward(name: str, **init_args: Any) -> Reward:
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         said = error if isinstance(error, TypeError | ValueError) else repr(error)
         raise ConfigurationError(f"reward {name}{read_signature(found) or ''}: {said}") from error
+    vars(reward)["_entry"] = entry
+    return reward
 
 
 def load_reward_class(name: str) -> type[Reward] | Scorer:
     """What a registered name or a dotted path leads to: a class, or a plain function; raises as `load_reward` does."""
-    entries = [] if "." in name else _entries_by_name().get(name, [])
-    if not entries and "." not in name:
-        raise ConfigurationError(_unknown(name))
-    if len(entries) > 1:
-        raise ConfigurationError(
-            f"reward {name!r} is given by two distributions, {_distribution(entries[0])} and "
-            f"{_distribution(entries[1])}: uninstall one, or name the class by its dotted path"
-        )
-    entry = entries[0] if entries else None
+    return _find(name)[0]
+
+
+def _find(name: str) -> tuple[type[Reward] | Scorer, EntryPoint | None]:
+    """A class or a plain function, and the entry point that gives it; None for a dotted path."""
+    entry = None if "." in name else _entry(name)
     try:
         if entry is not None:
             found = entry.load()
@@ -83,26 +91,40 @@ def load_reward_class(name: str) -> type[Reward] | Scorer:
     except (KeyboardInterrupt, StoppedError):
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
-        origin = f" of {_distribution(entry)}" if entry is not None else ""
-        cure = "update or uninstall that distribution" if entry is not None else "check the path, and that it imports"
-        if isinstance(error, ModuleNotFoundError) and not f"{name}.".startswith(f"{error.name}."):
-            cure = f"pip install {str(error.name).partition('.')[0]}"
-        raise ConfigurationError(f"reward {name!r}{origin} cannot be imported: {error!r}; {cure}") from error
+        raise ConfigurationError(_not_importable(name, entry, error)) from error
     if not (issubclass(found, Reward) if isinstance(found, type) else callable(found)):
         raise ConfigurationError(
             f"reward {name!r}: expected a subclass of lightning_fdfo.Reward or a function, got {found!r}"
         )
-    return found  # type: ignore[no-any-return]
+    return found, entry
 
 
-def as_reward(scorer: Reward | Scorer) -> Reward:
-    """A reward as it is; a plain function in a FunctionReward."""
-    return scorer if isinstance(scorer, Reward) else FunctionReward(scorer)
+def _entry(name: str) -> EntryPoint:
+    """The entry point of a registered name; raises ConfigurationError for none, or for two."""
+    entries = _entries_by_name().get(name, [])
+    if not entries:
+        raise ConfigurationError(_unknown(name))
+    if len(entries) > 1:
+        one, two = map(distribution_name, entries[:2])
+        raise ConfigurationError(
+            f"reward {name!r} is given by two distributions, {one} and {two}: uninstall one, or name the class by its "
+            "dotted path"
+        )
+    return entries[0]
 
 
-def _distribution(entry: EntryPoint) -> str:
+def distribution_name(entry: EntryPoint) -> str:
     """Name of the distribution that an entry point comes from."""
     return entry.dist.name if entry.dist is not None else "an unnamed distribution"
+
+
+def _not_importable(name: str, entry: EntryPoint | None, error: BaseException) -> str:
+    """The message for a plugin, or a dotted path, that cannot be imported."""
+    origin = "" if entry is None else f" of {distribution_name(entry)}"
+    cure = "check the path, and that it imports" if entry is None else "update or uninstall that distribution"
+    if isinstance(error, ModuleNotFoundError) and not f"{name}.".startswith(f"{error.name}."):
+        cure = f"pip install {str(error.name).partition('.')[0]}"
+    return f"reward {name!r}{origin} cannot be imported: {error!r}; {cure}"
 
 
 def _unknown(name: str) -> str:

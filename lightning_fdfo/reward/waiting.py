@@ -40,8 +40,8 @@ class _Wait:
         """Reports it, if that is due."""
         seconds = time.monotonic() - self.start
         if seconds >= self.next_report:
-            _LOGGER.warning("still waiting after %.3g s: %s", seconds, self.what())
             self.next_report *= 2
+            _LOGGER.warning("still waiting after %.3g s: %s", seconds, self.what())
 
 
 @contextmanager

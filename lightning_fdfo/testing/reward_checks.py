@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward.base import FunctionReward, Metadata, Reward
+from lightning_fdfo.reward.base import Metadata, Reward
 from lightning_fdfo.reward.call import own_metadata
+from lightning_fdfo.reward.function import FunctionReward, as_reward
 from lightning_fdfo.reward.origin import describe
-from lightning_fdfo.reward.registry import as_reward
 from lightning_fdfo.testing.conformance import Result, examine, insist
 
 PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")

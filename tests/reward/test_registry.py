@@ -125,6 +125,17 @@ def test_a_reward_is_described_with_its_distribution():
     assert describe(load_reward(FUNCTION)) == f"shade of the module {__name__}"
 
 
+def test_the_distribution_is_that_of_the_entry_point_and_not_guessed(plugins):
+    plugins(plugin("Same", f"{__name__}:Constant", "one"))
+    assert describe(load_reward("Same")) == "Constant of one"
+    assert describe(Constant()) == "Constant of one"
+    assert describe(load_reward(HERE)) == "Constant of one"
+    again = load_reward("Same")
+    plugins()
+    assert describe(again) == "Constant of one"
+    assert describe(pickle.loads(pickle.dumps(again))) == f"Constant of the module {__name__}"
+
+
 def test_missing_metadata_is_named():
     with pytest.raises(ConfigurationError, match=r"Constant needs metadata \['answer'\], got keys \['question'\]"):
         load_reward(HERE).check("p", {"question": 1})
