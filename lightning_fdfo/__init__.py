@@ -14,12 +14,27 @@ if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
     from lightning_fdfo.reward.base import Reward
     from lightning_fdfo.reward.mix import RewardMix
-    from lightning_fdfo.settings import Objective, Sampling
+    from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
 
-__all__ = ["FDFOModule", "FlowModel", "LoRA", "Objective", "PromptDataModule", "Reward", "RewardMix", "Sampling"]
+__all__ = [
+    "Batching",
+    "Evaluation",
+    "FDFOModule",
+    "FailurePolicy",
+    "FlowModel",
+    "LoRA",
+    "Objective",
+    "PromptDataModule",
+    "Reward",
+    "RewardMix",
+    "Sampling",
+]
 
 _LAZY = {
+    "Batching": "settings",
+    "Evaluation": "settings",
     "FDFOModule": "module",
+    "FailurePolicy": "settings",
     "FlowModel": "flows.base",
     "LoRA": "flows.lora",
     "Objective": "settings",

@@ -240,7 +240,7 @@ class Weights:
 def shared(load: Callable[..., T]) -> Callable[..., T]:
     """Decorates a function that reads weights: equal arguments get the same object while anybody holds it.
 
-    So two rewards of one model, or one reward in `rewards` and in `metrics`, read the file once.
+    So two rewards of one model, or one reward in `rewards` and in `evaluation.metrics`, read the file once.
 
     Args:
         load: from hashable arguments to an object that can be weakly referenced, such as an nn.Module.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -57,7 +57,7 @@ from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints
-from lightning_fdfo.settings import Evaluation, Objective, Sampling, check_number
+from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling, check_number
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
 from lightning_fdfo.training.summary import describe_model, describe_rewards
@@ -78,20 +78,13 @@ class FDFOModule(LightningModule):
         flow: the base model's adapter.
         rewards: a mixture, see `RewardMix`.
         sampling: how images are painted.
-        num_pairs: pairs an epoch, over all devices.
-        updates_per_epoch: optimiser steps an epoch; with 1, `objective.clip_range` has no effect.
-        num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
-        batch_size: points a forward, on each device; sets memory only.
+        batching: the size of an epoch and of its forward passes.
         objective: settings of the loss.
         lora: settings of the LoRA; None trains the whole transformer.
         optimizer: from parameters to an optimiser.
         lr_scheduler: from an optimiser to a scheduler, stepped after each optimiser step.
-        metrics: rewards that are scored in validation only, in the form of `rewards`; their weights mean nothing.
-        on_reward_error: `raise` stops the run and names reward, prompt and pair; `drop_pair` leaves the pair out of
-            training, whose gradient keeps its scale, and of all numbers.
-        max_dropped: share of an epoch's pairs that may be dropped before the run stops, in [0, 1).
-        max_skipped: >= 0; updates in a row that may be skipped because their gradient is not finite.
-        evaluation: what `test` computes.
+        failures: which failures the run survives.
+        evaluation: what validation and `test` compute beside the rewards.
         seed: >= 0; prompts, latents, noise and the LoRA's start are a function of it. The command line takes it
             from `seed_everything`.
 
@@ -101,7 +94,7 @@ class FDFOModule(LightningModule):
     Example:
         >>> from lightning_fdfo.flows import StableDiffusion3
         >>> module = FDFOModule(StableDiffusion3("tiny-digits", max_sequence_length=0), {"JPEGSize": 1.0})
-        >>> module.num_pairs, hasattr(module.flow, "transformer")  # nothing is loaded yet
+        >>> module.batching.num_pairs, hasattr(module.flow, "transformer")  # nothing is loaded yet
         (432, False)
 
     Source: arXiv 2603.12893.
@@ -112,37 +105,26 @@ class FDFOModule(LightningModule):
         flow: FlowModel,
         rewards: dict[str, Any],
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-        num_pairs: int = 432,
-        updates_per_epoch: int = 4,
-        num_points_per_pair: int | None = None,
-        batch_size: int = 8,
+        batching: Batching = Batching(),  # noqa: B008 - frozen
         objective: Objective = Objective(),  # noqa: B008 - frozen
         lora: LoRA | None = LoRA(),  # noqa: B008 - frozen
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
-        metrics: dict[str, Any] | None = None,
-        on_reward_error: Literal["raise", "drop_pair"] = "raise",
-        max_dropped: float = 0.1,
-        max_skipped: int = 3,
+        failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.flow = flow
         self.rewards = RewardMix(rewards)
-        self.metrics = RewardMix(metrics) if metrics else None
+        self.metrics = RewardMix(evaluation.metrics) if evaluation.metrics else None
         self.sampling = sampling
-        self.num_pairs = num_pairs
-        self.updates_per_epoch = updates_per_epoch
-        self.num_points_per_pair = num_points_per_pair
-        self.batch_size = batch_size
+        self.batching = batching
         self.objective = objective
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.on_reward_error = on_reward_error
-        self.max_dropped = max_dropped
-        self.max_skipped = max_skipped
+        self.failures = failures
         self.evaluation = evaluation
         self.embedder = named_embedder(evaluation.diversity) if evaluation.diversity is not None else None
         self.seed = seed
@@ -181,8 +163,6 @@ class FDFOModule(LightningModule):
             raise ConfigurationError(
                 "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
             )
-        check_number("max_dropped", max_dropped, at_least=0, below=1)
-        check_number("max_skipped", max_skipped, at_least=0)
         check_number("seed", seed, at_least=0)
 
     @classmethod
@@ -216,7 +196,7 @@ class FDFOModule(LightningModule):
             raise
         guard(self.trainer, plan)
         if plan is not None:
-            num_updates = max(self.trainer.max_epochs or 0, 0) * self.updates_per_epoch
+            num_updates = max(self.trainer.max_epochs or 0, 0) * self.batching.updates_per_epoch
             try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
         present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         kinds = (RunOwner, FiniteWeights, ResumedSettings, LearningGuard)
@@ -296,11 +276,11 @@ class FDFOModule(LightningModule):
     def plan(self) -> BatchPlan:
         """The arithmetic of an epoch on this trainer's devices."""
         return BatchPlan.derive(
-            num_pairs=self.num_pairs,
-            updates_per_epoch=self.updates_per_epoch,
+            num_pairs=self.batching.num_pairs,
+            updates_per_epoch=self.batching.updates_per_epoch,
             num_steps=self.sampling.num_steps,
-            num_points_per_pair=self.num_points_per_pair,
-            batch_size=self.batch_size,
+            num_points_per_pair=self.batching.num_points_per_pair,
+            batch_size=self.batching.batch_size,
             world_size=self.trainer.world_size,
         )
 
@@ -421,8 +401,8 @@ class FDFOModule(LightningModule):
             Devices(self.trainer),
             seed=self.seed,
             normalization=self.objective.normalization,
-            on_reward_error=self.on_reward_error,
-            max_dropped=self.max_dropped,
+            rollout_batch_size=self.batching.rollout_batch_size,
+            failures=self.failures,
         )
         return self.collector
 
@@ -516,8 +496,10 @@ class FDFOModule(LightningModule):
             parameter.grad = None
         self._skipped_in_a_row += 1
         told = f"update {self.trainer.global_step}: the gradient's norm is {norm.item()}"
-        if self._skipped_in_a_row > self.max_skipped:
-            raise DivergenceError(f"{told}, as for {self.max_skipped} updates before it; {advice(self.trainer)}")
+        if self._skipped_in_a_row > self.failures.max_skipped:
+            raise DivergenceError(
+                f"{told}, as for {self.failures.max_skipped} updates before it; {advice(self.trainer)}"
+            )
         warnings.warn(f"{told}: it is skipped", stacklevel=2)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
@@ -581,7 +563,7 @@ class FDFOModule(LightningModule):
         """Images of all rows, and their scores."""
         images = self._paint(batch)
         texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
-        drop = self.on_reward_error == "drop_pair"
+        drop = self.failures.drops_pairs
         to = routes(self.rewards.terms, metadata)
         terms = self.rewards(images, texts, metadata, drop, to)
         known = self.rewards.scales_known

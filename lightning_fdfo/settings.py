@@ -1,9 +1,10 @@
-"""One check for the numbers in settings: finite, and in their range."""
+"""The groups of settings that FDFOModule takes. Each validates itself: numbers are finite and in their range."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import Normalization
@@ -44,12 +45,68 @@ def check_number(
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `test` computes beside rewards, metrics and image statistics.
+class Batching:
+    """The size of an epoch and of its forward passes. Counts of pairs and updates are totals over all devices.
 
     Args:
-        base: also paints with the base model, from the same latents: its numbers, the differences, and win rates. Where
-            the whole transformer was trained, the base's weights wait on the CPU.
+        num_pairs: pairs an epoch, over all devices.
+        updates_per_epoch: optimiser steps an epoch; with 1, `objective.clip_range` has no effect.
+        num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
+        batch_size: points a forward in training, on each device; sets memory only.
+        rollout_batch_size: pairs a forward in a rollout, on each device; sets memory only.
+
+    Raises:
+        ConfigurationError: a count below 1. Which counts divide which is checked by `BatchPlan`.
+    """
+
+    num_pairs: int = 432
+    updates_per_epoch: int = 4
+    num_points_per_pair: int | None = None
+    batch_size: int = 8
+    rollout_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(f"batching.{name}", 1 if value is None else value, at_least=1)
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """Which failures a run survives.
+
+    Args:
+        on_reward_error: `raise` stops the run and names reward, prompt and pair; `drop_pair` leaves the pair out of
+            training, whose gradient keeps its scale, and of all numbers.
+        max_dropped: share of an epoch's pairs that may be dropped before the run stops, in [0, 1).
+        max_skipped: >= 0; updates in a row that may be skipped because their gradient is not finite.
+
+    Raises:
+        ConfigurationError: a number out of its range, or not finite.
+    """
+
+    on_reward_error: Literal["raise", "drop_pair"] = "raise"
+    max_dropped: float = 0.1
+    max_skipped: int = 3
+
+    def __post_init__(self) -> None:
+        check_number("failures.max_dropped", self.max_dropped, at_least=0, below=1)
+        check_number("failures.max_skipped", self.max_skipped, at_least=0)
+
+    @property
+    def drops_pairs(self) -> bool:
+        """Whether a pair whose reward fails is left out, and the run goes on."""
+        return self.on_reward_error == "drop_pair"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What validation and `test` compute beside the rewards and the image statistics.
+
+    Args:
+        metrics: rewards that are scored in validation and `test` only, in the form of `rewards`; their weights mean
+            nothing.
+        base: `test` also paints with the base model, from the same latents: its numbers, the differences, and win
+            rates. Where the whole transformer was trained, the base's weights wait on the CPU.
         diversity: what embeds images, to tell how far those of a prompt are from each other: any CLIP of transformers,
             a hub name or a folder, such as `openai/clip-vit-large-patch14`; or `dreamsim`, if that package is
             installed. None leaves diversity out.
@@ -60,14 +117,15 @@ class Evaluation:
         ConfigurationError: a setting out of its range.
     """
 
+    metrics: dict[str, Any] | None = None
     base: bool = True
     diversity: str | None = None
     confidence: float = 0.95
     num_resamples: int = 9999
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1 or self.num_resamples < 1:
-            raise ConfigurationError(f"evaluation: expected 0 < confidence < 1 and num_resamples >= 1, got {self}")
+        check_number("evaluation.confidence", self.confidence, above=0, below=1)
+        check_number("evaluation.num_resamples", self.num_resamples, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -104,7 +162,6 @@ class Sampling:
         churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
         initial_churn: the same for the initial latents; None takes `churn`.
         guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
-        rollout_batch_size: pairs a forward, on each device; sets memory only.
 
     Raises:
         ConfigurationError: a count or size below 1, a negative churn, or a number that is not finite.
@@ -116,10 +173,9 @@ class Sampling:
     churn: float = 0.0025
     initial_churn: float | None = None
     guidance_scale: float = 1.0
-    rollout_batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "height", "width", "rollout_batch_size"):
+        for name in ("num_steps", "height", "width"):
             check_number(f"sampling.{name}", getattr(self, name), at_least=1)
         check_number("sampling.churn", self.churn, at_least=0)
         check_number("sampling.initial_churn", self.initial_churn or 0, at_least=0)

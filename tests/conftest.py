@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,17 @@ from diffusers.loaders import PeftAdapterMixin
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from lightning_fdfo import FDFOModule, FlowModel, LoRA, Objective, PromptDataModule, Sampling
+from lightning_fdfo import (
+    Batching,
+    Evaluation,
+    FailurePolicy,
+    FDFOModule,
+    FlowModel,
+    LoRA,
+    Objective,
+    PromptDataModule,
+    Sampling,
+)
 from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.reward.term import RewardTerm
@@ -88,23 +99,31 @@ def prompts_file(tmp_path: Path) -> Path:
     return path
 
 
+TOY_GROUPS: dict[str, Any] = {
+    "batching": Batching(num_pairs=16, updates_per_epoch=2, batch_size=32),
+    "failures": FailurePolicy(),
+    "evaluation": Evaluation(),
+}
+
+
 @pytest.fixture
 def toy_module() -> Callable[..., FDFOModule]:
-    """Builds a module on the toy flow; keyword arguments replace the defaults."""
+    """Builds a module on the toy flow; keyword arguments replace the defaults, also those of a group's fields."""
 
     def build(**options: Any) -> FDFOModule:
+        groups = {}
+        for name, group in TOY_GROUPS.items():
+            own = {field.name: options.pop(field.name) for field in fields(group) if field.name in options}
+            groups[name] = replace(group, **own)
         settings: dict[str, Any] = {
             "flow": ToyFlow(),
             "rewards": {"brightness": RewardTerm(brightness)},
-            "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=8),
-            "num_pairs": 16,
-            "updates_per_epoch": 2,
-            "batch_size": 32,
+            "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.1),
             "objective": Objective(normalization="root_mean_square"),
             "lora": LoRA(rank=2, alpha=4),
             "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         }
-        return FDFOModule(**(settings | options))
+        return FDFOModule(**(settings | groups | options))
 
     return build
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 
-from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
+from lightning_fdfo import Evaluation, FailurePolicy, LoRA, Objective, Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import EMA, LoRAExport
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band
@@ -22,7 +22,6 @@ from lightning_fdfo.flows.diffusers_flow import to_unit_range
 from lightning_fdfo.remote import RemoteReward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.settings import Evaluation
 from tests.commands.test_cli import SMALL
 from tests.conftest import ToyFlow, brightness
 
@@ -63,7 +62,7 @@ def error_lines(text):
         ("objective.kl_weight", lambda value: Objective(kl_weight=value)),
         ("lora.alpha", lambda value: LoRA(alpha=value)),
         ("lora.dropout", lambda value: LoRA(dropout=value)),
-        ("max_dropped", lambda value: FDFOModule(ToyFlow(), {"a": RewardTerm(brightness)}, max_dropped=value)),
+        ("max_dropped", lambda value: FailurePolicy(max_dropped=value)),
         ("confidence", lambda value: Evaluation(confidence=value)),
         ("EMA: decay", lambda value: EMA(decay=value)),
         ("RewardHackingMonitor", lambda value: Band(value=(value, None)).check("image/saturation")),

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from lightning_fdfo import FDFOModule, LoRA, Objective, Sampling
+from lightning_fdfo import Batching, FDFOModule, LoRA, Objective, Sampling
 from lightning_fdfo.callbacks import BeforeAfter, Curves
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3
@@ -101,7 +101,7 @@ def test_batch_sizes_only_set_memory(toy_module, fit, weights, batch_size, rollo
         {},
         {
             "batch_size": batch_size,
-            "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=rollout_batch_size),
+            "rollout_batch_size": rollout_batch_size,
         },
     ):
         module = toy_module(**options)
@@ -302,9 +302,7 @@ def ratio_error(fit, monkeypatch):
         StableDiffusion3("tiny-digits", max_sequence_length=0),
         {"brightness": RewardTerm(brightness)},
         sampling=Sampling(num_steps=3, height=32, width=64, churn=0.0025),
-        num_pairs=4,
-        updates_per_epoch=1,
-        batch_size=4,
+        batching=Batching(num_pairs=4, updates_per_epoch=1, batch_size=4),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-30),
     )
     monkeypatch.setattr("lightning_fdfo.module.velocity_objective", watched)
@@ -391,10 +389,8 @@ def test_training_does_not_depend_on_where_texts_are_encoded(fit, weights, tmp_p
                 text_cache=str(tmp_path / "texts"),
             ),
             {"brightness": RewardTerm(brightness)},
-            sampling=Sampling(num_steps=2, height=32, width=64, churn=0.1, guidance_scale=2.0, rollout_batch_size=2),
-            num_pairs=4,
-            updates_per_epoch=1,
-            batch_size=4,
+            sampling=Sampling(num_steps=2, height=32, width=64, churn=0.1, guidance_scale=2.0),
+            batching=Batching(num_pairs=4, updates_per_epoch=1, batch_size=4, rollout_batch_size=2),
             lora=LoRA(rank=2, alpha=2),
         )
         fit(module, 1)
@@ -412,9 +408,7 @@ def test_full_fine_tuning_trains_the_transformer_alone(fit, checkpointing):
         StableDiffusion3("tiny-digits", max_sequence_length=0, gradient_checkpointing=checkpointing),
         {"brightness": RewardTerm(brightness)},
         sampling=Sampling(num_steps=2, height=32, width=64, churn=0.1),
-        num_pairs=2,
-        updates_per_epoch=1,
-        batch_size=4,
+        batching=Batching(num_pairs=2, updates_per_epoch=1, batch_size=4),
         lora=None,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
     )
@@ -465,9 +459,8 @@ def reference():
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_sizes_that_set_memory_set_nothing_else(toy_module, fit, weights, reference, rollout_batch_size, accumulation):
     """Three epochs by SGD: Adam would make steps of rounding."""
-    sampling = Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=rollout_batch_size)
     module = toy_module(
-        sampling=sampling,
+        rollout_batch_size=rollout_batch_size,
         batch_size=64 // accumulation,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     )

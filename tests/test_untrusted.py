@@ -168,7 +168,7 @@ def test_a_checkpoint_configures_nothing(fit_refused, exploded, tmp_path, monkey
     hostile = {"rewards": {"x": {"reward": "evil.reward"}}}
     checkpoint = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "hyper_parameters": hostile}
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    rewards = ("--model.rewards={JPEGSize: 1.0}", "--model.metrics=null")
+    rewards = ("--model.rewards={JPEGSize: 1.0}", "--model.evaluation.metrics=null")
     line = fit_refused(f"--ckpt_path={tmp_path / 'a.ckpt'}", *rewards)
     assert "holds weights only" in line
 

@@ -109,5 +109,5 @@ def logged_step(trainer: Trainer, pl_module: LightningModule, trained: bool) -> 
         trained: whether the epoch's optimiser steps are done, as after training and in its validation; they are not in
             a rollout, nor before the first epoch.
     """
-    coming: int = 0 if trained else pl_module.updates_per_epoch  # type: ignore[assignment]
+    coming: int = 0 if trained else pl_module.batching.updates_per_epoch  # type: ignore[union-attr,assignment]
     return trainer.global_step + coming - 1

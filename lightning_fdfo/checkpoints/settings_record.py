@@ -43,8 +43,9 @@ def settings_record(module: FDFOModule) -> dict[str, Any]:
     """
     trainer = module.trainer
     data = getattr(trainer, "datamodule", None)
-    sampling = asdict(module.sampling)
-    del sampling["rollout_batch_size"]  # sets memory only
+    batching = asdict(module.batching)
+    for sets_memory_only in ("batch_size", "rollout_batch_size"):
+        del batching[sets_memory_only]
     pretrained = Path(str(getattr(module.flow, "pretrained", "")))
     flow = {name: str(getattr(module.flow, name)) for name in FLOW_SETTINGS if hasattr(module.flow, name)}
     model = {
@@ -52,13 +53,11 @@ def settings_record(module: FDFOModule) -> dict[str, Any]:
         | ({"pretrained": pretrained.name if pretrained.is_absolute() else str(pretrained)} if pretrained.name else {})
         | flow,
         "rewards": {name: _term_record(term) for name, term in module.rewards.terms.items()},
-        "sampling": sampling,
-        "num_pairs": module.num_pairs,
-        "updates_per_epoch": module.updates_per_epoch,
-        "num_points_per_pair": module.num_points_per_pair,
+        "sampling": asdict(module.sampling),
+        "batching": batching,
         "objective": asdict(module.objective),
         "lora": None if module.lora is None else {"dropout": module.lora.dropout},
-        "on_reward_error": module.on_reward_error,
+        "failures": {"on_reward_error": module.failures.on_reward_error},
     }
     record = {
         "model": model,
@@ -107,8 +106,8 @@ def difference_lines(saved: Any, own: Mapping[str, Any]) -> list[str]:
         own: the configuration's.
 
     Example:
-        >>> difference_lines({"model": {"num_pairs": 48}}, {"model": {"num_pairs": 24}})
-        ['model.num_pairs: 48 in the checkpoint, 24 in the configuration, which counts']
+        >>> difference_lines({"model": {"batching": {"num_pairs": 48}}}, {"model": {"batching": {"num_pairs": 24}}})
+        ['model.batching.num_pairs: 48 in the checkpoint, 24 in the configuration, which counts']
     """
     if not isinstance(saved, dict):
         return []

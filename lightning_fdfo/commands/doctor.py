@@ -143,7 +143,7 @@ def before_loading(
         yield Finding(True, str(module.plan))
     except ConfigurationError as error:
         yield Finding(False, str(error))
-    if module.updates_per_epoch == 1:
+    if module.batching.updates_per_epoch == 1:
         yield Finding(True, "objective.clip_range has no effect with updates_per_epoch 1: a first update's ratio is 1")
 
 

@@ -152,7 +152,7 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         seed=module.seed,
         epoch=0,
     )
-    rows = torch.arange(module.batch_size) % (2 * num_steps)
+    rows = torch.arange(module.batching.batch_size) % (2 * num_steps)
     chosen: list[Any] = [values[rows].to(module.device) for values in batch]
     return TrajectoryPoints(*chosen)
 
@@ -228,7 +228,7 @@ def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:
         sampling = module.sampling
         parts["activations of a batch"] = memory.activation_bytes(
             len(module.flow.blocks),
-            module.batch_size * (2 if module.flow.uses_negatives(sampling.guidance_scale) else 1),
+            module.batching.batch_size * (2 if module.flow.uses_negatives(sampling.guidance_scale) else 1),
             module.flow.num_tokens(sampling.height, sampling.width, conditioning),
             module.flow.width,
             bytes_per_value=4 if module.trainer.precision == "32-true" else 2,

@@ -142,7 +142,9 @@ def _at_rest(module: FDFOModule, numel: int, processes: int) -> list[Need]:
     """The rollout of this machine's processes; it is held twice while its chunks are joined."""
     sampling = module.sampling
     size = processes * memory.rollout_bytes(_pairs(module), sampling.num_steps, numel, 0)
-    settings = f"num_pairs={module.num_pairs}, num_steps={sampling.num_steps}, {sampling.height} x {sampling.width}"
+    settings = (
+        f"num_pairs={module.batching.num_pairs}, num_steps={sampling.num_steps}, {sampling.height} x {sampling.width}"
+    )
     return [Need("an epoch's rollout", size, 2 * size, settings)]
 
 
@@ -151,21 +153,23 @@ def _work(module: FDFOModule, numel: int, fit: bool) -> list[Need]:
     if not fit:
         return []
     sampling = module.sampling
-    pairs = min(sampling.rollout_batch_size, _pairs(module))
+    pairs = min(module.batching.rollout_batch_size, _pairs(module))
     images = BRANCHES * pairs * CHANNELS * sampling.height * sampling.width * memory.FLOAT32
     chunk = memory.rollout_bytes(pairs, sampling.num_steps, numel, 0) + images
-    points = min(module.batch_size, BRANCHES * sampling.num_steps * _pairs(module))
+    points = min(module.batching.batch_size, BRANCHES * sampling.num_steps * _pairs(module))
     batch = KEPT * points * numel * memory.FLOAT32
     settings = f"{sampling.height} x {sampling.width}"
     if chunk >= batch:
-        settings = f"rollout_batch_size={sampling.rollout_batch_size}, num_steps={sampling.num_steps}, {settings}"
+        settings = (
+            f"rollout_batch_size={module.batching.rollout_batch_size}, num_steps={sampling.num_steps}, {settings}"
+        )
         return [Need("pairs that are rolled out at once", chunk, chunk, settings)]
-    return [Need("a batch of points", batch, batch, f"batch_size={module.batch_size}, {settings}")]
+    return [Need("a batch of points", batch, batch, f"batch_size={module.batching.batch_size}, {settings}")]
 
 
 def _pairs(module: FDFOModule) -> int:
     """Of a device, whether or not the plan works out: numbers that are too large are the first thing to say."""
-    return max(module.num_pairs // module.trainer.world_size, 0)
+    return max(module.batching.num_pairs // module.trainer.world_size, 0)
 
 
 def _count(transformer: nn.Module) -> int:

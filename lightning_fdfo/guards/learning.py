@@ -83,7 +83,7 @@ def _no_rate(module: FDFOModule, max_epochs: int | None) -> bool:
             return not any(group["lr"] for group in groups)
         epochs = max_epochs if max_epochs and max_epochs > 0 else MAX_STEPS
         twin, _ = replayed(module.lr_scheduler, optimizer, groups, 0)
-        for _ in range(min(epochs * module.updates_per_epoch, MAX_STEPS)):
+        for _ in range(min(epochs * module.batching.updates_per_epoch, MAX_STEPS)):
             if any(twin.get_last_lr()):
                 return False
             twin.optimizer._opt_called = True  # type: ignore[attr-defined]  # it has nothing to update

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 _AVERAGES = "it copies the frozen weights too, and its checkpoints hold the average in place of the weights"
 REFUSED: Mapping[type[Callback], str] = {
-    GradientAccumulationScheduler: "the accumulation follows from model.num_pairs, updates_per_epoch and batch_size, "
+    GradientAccumulationScheduler: "the accumulation follows from model.batching, "
     "and with another one an update has a gradient of another size; leave it out",
     StochasticWeightAveraging: f"{_AVERAGES}; use lightning_fdfo.callbacks.EMA",
     WeightAveraging: f"{_AVERAGES}; use lightning_fdfo.callbacks.EMA",
-    BatchSizeFinder: "it tries batch sizes that do not divide an update's points; set model.batch_size, for which "
-    "lightning-fdfo doctor estimates the memory",
+    BatchSizeFinder: "it tries batch sizes that do not divide an update's points; set model.batching.batch_size, for "
+    "which lightning-fdfo doctor estimates the memory",
     LearningRateFinder: "it trains on a rollout with rates that rise by the batch; set the optimizer's lr",
     ModelPruning: "it takes weights out of the base model; leave it out",
     BaseFinetuning: "it thaws frozen weights; model.lora says what trains",
@@ -86,7 +86,7 @@ def check_trainer(trainer: Trainer, plan: BatchPlan) -> None:
         raise ConfigurationError(
             f"trainer.limit_train_batches={limit}: an epoch is {plan.updates_per_epoch} updates of "
             f"{plan.batches_per_update} batches, and part of an update has part of its gradient; "
-            "for a shorter epoch lower model.num_pairs or num_points_per_pair"
+            "for a shorter epoch lower model.batching.num_pairs or num_points_per_pair"
         )
     if trainer.max_steps != -1:
         epochs = math.ceil(trainer.max_steps / plan.updates_per_epoch)

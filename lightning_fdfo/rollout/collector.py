@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
 from lightning_fdfo.rollout.scores import EpochScores, gather, judge, own_rows
-from lightning_fdfo.settings import Sampling
+from lightning_fdfo.settings import FailurePolicy, Sampling
 
 
 class RolloutCollector:
@@ -46,12 +45,12 @@ class RolloutCollector:
         rewards: the mixture, set up before the first epoch.
         prompts: the training prompts.
         plan: the epoch's arithmetic.
-        sampling: how pairs are sampled, and how many at once.
+        sampling: how pairs are sampled.
         devices: of the run.
         seed: the run's.
         normalization: of the direction.
-        on_reward_error: `raise` ends the run; `drop_pair` leaves the pair out of training and of all numbers.
-        max_dropped: share of an epoch's pairs that may be dropped, in [0, 1).
+        rollout_batch_size: pairs a forward; sets memory only.
+        failures: whether a reward's failure ends the run, and how many pairs may be dropped.
     """
 
     def __init__(
@@ -65,8 +64,8 @@ class RolloutCollector:
         *,
         seed: int,
         normalization: Normalization = "mean_square",
-        on_reward_error: Literal["raise", "drop_pair"] = "raise",
-        max_dropped: float = 0.1,
+        rollout_batch_size: int = 8,
+        failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
     ) -> None:
         self.flow = flow
         self.rewards = rewards
@@ -76,8 +75,8 @@ class RolloutCollector:
         self.devices = devices
         self.seed = seed
         self.normalization = normalization
-        self.on_reward_error = on_reward_error
-        self.max_dropped = max_dropped
+        self.rollout_batch_size = rollout_batch_size
+        self.failures = failures
         self.scores: EpochScores | None = None
         """Of the last epoch, over all devices."""
         self.metrics: dict[str, float] = {}
@@ -106,12 +105,12 @@ class RolloutCollector:
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning of prompts, a row each, on the CPU, in the trainer's precision."""
         with self.devices.precision():
-            scale, batch_size = self.sampling.guidance_scale, self.sampling.rollout_batch_size
+            scale, batch_size = self.sampling.guidance_scale, self.rollout_batch_size
             return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
 
     def collect(self, epoch: int) -> Rollout:
         """Rolls out this device's pairs of an epoch: all texts are encoded first, then pairs go batch by batch."""
-        count, size = self.plan.pairs_per_device, self.sampling.rollout_batch_size
+        count, size = self.plan.pairs_per_device, self.rollout_batch_size
         first = self.devices.rank * count
         pairs = range(first, first + count)
         prompts = self.prompts_of(epoch, pairs)
@@ -139,7 +138,7 @@ class RolloutCollector:
                 epoch=epoch,
                 sampling=self.sampling,
                 device=self.devices.device,
-                drop=self.on_reward_error == "drop_pair",
+                drop=self.failures.drops_pairs,
             )
 
     def score(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
@@ -152,22 +151,22 @@ class RolloutCollector:
             [2P], half differences of the mixture's total of this device's pairs, as they train.
 
         Raises:
-            RewardError: more pairs were dropped than `max_dropped` allows.
+            RewardError: more pairs were dropped than `failures.max_dropped` allows.
         """
         num_pairs = self.plan.num_pairs
         scored = gather(rollout, endpoint_difference, num_pairs, self.devices.all_sum)
         kept = int(scored.whole.sum())
         dropped = 1 - kept / num_pairs
-        if dropped > self.max_dropped:
+        if dropped > self.failures.max_dropped:
             raise RewardError(
                 f"rewards failed for {num_pairs - kept} of {num_pairs} pairs of epoch {epoch}, max_dropped is "
-                f"{self.max_dropped:.0%}; the warnings above name them"
+                f"{self.failures.max_dropped:.0%}; the warnings above name them"
             )
         prompts = [prompt.text for prompt in self.prompts_of(epoch, range(num_pairs))]
         self.scores = judge(scored, prompts, self.rewards, epoch)
         self.metrics = rollout_metrics(self.scores, self.rewards, epoch)
         self.metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
-        if self.on_reward_error == "drop_pair":
+        if self.failures.drops_pairs:
             self.metrics["reward/dropped"] = dropped
         self.devices.announce("on_rollout_end", rollout, self.scores)
         difference = self.scores.difference[own_rows(rollout.pairs)]

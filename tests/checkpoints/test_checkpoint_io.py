@@ -112,7 +112,7 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_fdfo import FDFOModule, LoRA, Objective, PromptDataModule, Sampling
+from lightning_fdfo import Batching, FDFOModule, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.checkpoints import checkpoint_io as checkpoint
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.checkpoints.last_checkpoint import find_last, last_file
@@ -125,8 +125,9 @@ folder = Path(sys.argv[1])
 
 def fit(run, epochs, ckpt_path=None):
     module = FDFOModule(
-        flow=ToyFlow(), rewards={"brightness": RewardTerm(brightness)}, num_pairs=4, updates_per_epoch=2, batch_size=8,
-        sampling=Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=4), lora=LoRA(rank=2, alpha=4),
+        flow=ToyFlow(), rewards={"brightness": RewardTerm(brightness)},
+        batching=Batching(num_pairs=4, updates_per_epoch=2, batch_size=8, rollout_batch_size=4),
+        sampling=Sampling(num_steps=4, height=2, width=2, churn=0.1), lora=LoRA(rank=2, alpha=4),
         objective=Objective(normalization="root_mean_square"),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     )

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a c
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = [
-    "--model.num_pairs=4",
-    "--model.num_points_per_pair=2",
-    "--model.batch_size=8",
+    "--model.batching.num_pairs=4",
+    "--model.batching.num_points_per_pair=2",
+    "--model.batching.batch_size=8",
     "--data.val=null",
     "--trainer.enable_progress_bar=false",
 ]

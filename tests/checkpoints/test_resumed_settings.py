@@ -210,9 +210,10 @@ def test_what_else_differs_is_said_and_is_the_configurations(resume, tmp_path):
     then = {
         "flow": ToyFlow(),
         "rewards": {"brightness": RewardTerm(brightness, 0.5), "dark": RewardTerm(darkness, 0.1)},
-        "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.2, rollout_batch_size=4),
+        "sampling": Sampling(num_steps=4, height=2, width=2, churn=0.2),
         "objective": Objective(clip_range=0.2, normalization="root_mean_square"),
         "num_pairs": 8,
+        "rollout_batch_size": 4,
     }
     module, _, lines = resume({}, then, train=str(prompts))
     named = {line.partition(": ")[0]: line for line in lines}
@@ -221,7 +222,7 @@ def test_what_else_differs_is_said_and_is_the_configurations(resume, tmp_path):
         "model.rewards.dark",
         "model.sampling.churn",
         "model.objective.clip_range",
-        "model.num_pairs",
+        "model.batching.num_pairs",
         "data.train",
     }
     assert named["model.sampling.churn"] == (
@@ -319,4 +320,4 @@ def test_a_judged_checkpoint_is_compared_with_nothing(resume, judge, toy_module,
 
 
 def test_no_record_no_lines():
-    assert difference_lines(None, {"model": {"num_pairs": 1}}) == []
+    assert difference_lines(None, {"model": {"batching": {"num_pairs": 1}}}) == []

@@ -20,11 +20,11 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--model.rewards={JPEGSize: 1.0}",
-    "--model.metrics=null",
+    "--model.evaluation.metrics=null",
     "--model.sampling.num_steps=2",
-    "--model.num_pairs=4",
-    "--model.num_points_per_pair=null",
-    "--model.batch_size=8",
+    "--model.batching.num_pairs=4",
+    "--model.batching.num_points_per_pair=null",
+    "--model.batching.batch_size=8",
     "--trainer.check_val_every_n_epoch=1000",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",

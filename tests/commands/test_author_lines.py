@@ -13,11 +13,11 @@ from lightning_fdfo.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "--model.metrics=null",
+    "--model.evaluation.metrics=null",
     "--model.sampling.num_steps=2",
-    "--model.num_pairs=4",
-    "--model.num_points_per_pair=null",
-    "--model.batch_size=8",
+    "--model.batching.num_pairs=4",
+    "--model.batching.num_points_per_pair=null",
+    "--model.batching.batch_size=8",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
     "--trainer.max_epochs=1",

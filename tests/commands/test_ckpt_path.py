@@ -27,12 +27,12 @@ LORA = "pytorch_lora_weights.safetensors"
 SMALL = [
     "--config=configs/quickstart.yaml",
     "--model.rewards={Colorfulness: 1.0}",
-    "--model.metrics=null",
+    "--model.evaluation.metrics=null",
     "--model.sampling.num_steps=2",
     "--trainer.enable_progress_bar=false",
 ]
 FIT = [
-    "--model.num_pairs=4", "--model.num_points_per_pair=null", "--model.batch_size=8",
+    "--model.batching.num_pairs=4", "--model.batching.num_points_per_pair=null", "--model.batching.batch_size=8",
     "--trainer.check_val_every_n_epoch=1000", "--trainer.num_sanity_val_steps=0", "--trainer.max_epochs=1",
     "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 3.0}}", "--trainer.logger=false",
 ]  # fmt: skip

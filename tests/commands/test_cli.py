@@ -20,12 +20,12 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--model.rewards={JPEGSize: {reward: JPEGSize, weight: 1.0, scale: std}}",
-    "--model.metrics=null",
+    "--model.evaluation.metrics=null",
     "--model.sampling.num_steps=2",
-    "--model.num_pairs=4",
-    "--model.num_points_per_pair=null",
-    "--model.batch_size=8",
-    "--model.sampling.rollout_batch_size=1",
+    "--model.batching.num_pairs=4",
+    "--model.batching.num_points_per_pair=null",
+    "--model.batching.batch_size=8",
+    "--model.batching.rollout_batch_size=1",
     "--trainer.check_val_every_n_epoch=1000",
     "--trainer.num_sanity_val_steps=0",
     "--trainer.enable_progress_bar=false",
@@ -142,7 +142,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
         start = run if devices > 1 else lambda *words: processes.run_well(words)
         start(
             *fit_arguments(folder / "run", *SMALL, *smooth, "--trainer.max_epochs=2"),
-            f"--trainer.devices={devices}", "--trainer.strategy=ddp", f"--model.batch_size={batch_size}",
+            f"--trainer.devices={devices}", "--trainer.strategy=ddp", f"--model.batching.batch_size={batch_size}",
         )  # fmt: skip
         runs.append(last(folder / "run"))
     one, two = (saved["reward_scales"]["colours"] for saved in runs)
@@ -214,7 +214,7 @@ def files(tmp_path):
         ("--data.train={tmp}/empty.txt", r"empty\.txt is empty"),
         ("--data.train={tmp}/latin.txt", r"latin\.txt:1: not UTF-8"),
         ("--data.train={tmp}/untold.txt", r"untold\.txt:2: OCR needs"),
-        ("--model.num_pairs=47", r"batch_size=192 must divide the 188 points"),
+        ("--model.batching.num_pairs=47", r"batch_size=192 must divide the 188 points"),
         ("--model.flow.init_args.pretrained={tmp}/folder", r"is no diffusers pipeline"),
         ("--model.flow.init_args.pretrained=tiny-digit", r"'tiny-digit', which is none of these"),
         ("--model.lora.targets=[attn.to_w]", r"'attn.to_w' matches no linear layer"),
@@ -250,7 +250,7 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning-fdfo"])
-    (files / "typo.yaml").write_text("model: {num_pears: 3}\n")
+    (files / "typo.yaml").write_text("model: {batching: {num_pears: 3}}\n")
     with pytest.raises(SystemExit) as stop:
         main(fit_arguments(files / "run", "--trainer.enable_progress_bar=false", option.format(tmp=files)))
     assert stop.value.code == 2
@@ -259,7 +259,7 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
     assert not (files / "run" / "config.yaml").exists()
 
 
-TWO = ["--trainer.devices=2", "--model.batch_size=96"]
+TWO = ["--trainer.devices=2", "--model.batching.batch_size=96"]
 
 
 def test_a_mistake_that_the_first_of_two_devices_sees_is_told_once(tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ def test_a_mistake_that_the_first_of_two_devices_sees_is_told_once(tmp_path, mon
 
 
 def test_a_mistake_that_both_devices_see_is_told_once(tmp_path):
-    result = processes.run(fit_arguments(tmp_path, *TWO, "--model.num_pairs=47"), devices=2)
+    result = processes.run(fit_arguments(tmp_path, *TWO, "--model.batching.num_pairs=47"), devices=2)
     said_once(result, "error: num_pairs=47 does not divide over 2 devices; nearest: 46 or 48")
 
 
@@ -282,13 +282,15 @@ def said_once(result, message):
 
 def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("model: {num_pairs: 96, batch_size: 96}\ntrainer: {default_root_dir: from/overlay}\n")
+    overlay.write_text(
+        "model: {batching: {num_pairs: 96, batch_size: 96}}\ntrainer: {default_root_dir: from/overlay}\n"
+    )
     result = processes.run_well([
         "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--model.rewards.OCR", "0.3",
         "--print_config",
     ])  # fmt: skip
     config = yaml.safe_load(result.stdout)
-    assert config["model"]["num_pairs"] == 96
+    assert config["model"]["batching"]["num_pairs"] == 96
     assert config["model"]["rewards"] == {"OCR": 0.3}
     assert config["trainer"]["default_root_dir"] == "from/overlay"
     text = result.stdout

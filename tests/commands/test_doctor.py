@@ -114,7 +114,7 @@ class NeedsText(Reward):
 
 
 def sampling(**options):
-    return Sampling(num_steps=4, height=2, width=2, rollout_batch_size=8, **options)
+    return Sampling(num_steps=4, height=2, width=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,7 @@ model:
   flow: {{pretrained: tiny-digits, max_sequence_length: 0}}
   rewards: {rewards}
   sampling: {{num_steps: 2, height: 32, width: 64, churn: 0.05}}
-  num_pairs: 4
-  updates_per_epoch: 1
-  batch_size: 4
+  batching: {{num_pairs: 4, updates_per_epoch: 1, batch_size: 4}}
   lora: {lora}
 data: {{train: {prompts}}}
 trainer: {{accelerator: cpu, devices: 1, default_root_dir: {folder}}}

@@ -157,8 +157,9 @@ def test_without_the_extra(missing):
 
 
 SMALL = [
-    "--trainer.max_epochs=2", "--model.num_pairs=4", "--model.sampling.rollout_batch_size=4", "--model.batch_size=16",
-    "--model.metrics=null", "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
+    "--trainer.max_epochs=2", "--model.batching.num_pairs=4", "--model.batching.rollout_batch_size=4",
+    "--model.batching.batch_size=16",
+    "--model.evaluation.metrics=null", "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
     "--trainer.logger=false",
 ]  # fmt: skip
 

@@ -9,7 +9,6 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_fdfo import Objective
 from lightning_fdfo.callbacks import EMA
-from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from tests.conftest import brightness
 
@@ -42,8 +41,8 @@ def logged(fit, toy_module, tmp_path, prompts_file):
         },
         objective=Objective(normalization="root_mean_square", kl_weight=0.1),
         on_reward_error="drop_pair",
+        metrics={"blueness": RewardTerm(blueness)},
     )
-    module.metrics = RewardMix({"blueness": RewardTerm(blueness)})
     logger = CSVLogger(tmp_path, name="csv")
     fit(module, 2, val=str(prompts_file), logger=logger, callbacks=[EMA()], log_every_n_steps=1)
     with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:

@@ -249,7 +249,7 @@ def rows(model):
     rest = training_state_bytes(lora) + weight_bytes(count(on_meta(model.vae, **model.vae_options)), 2)
 
     def total(overlay, bytes_per_weight):
-        points = settings(overlay)["model"]["batch_size"]
+        points = settings(overlay)["model"]["batching"]["batch_size"]
         return (
             weight_bytes(weights, bytes_per_weight)
             + rest
@@ -262,7 +262,9 @@ def rows(model):
         total("single_gpu_24gb", 2),
         total("single_gpu_80gb", 2),
     ]
-    rollout = rollout_bytes(given["num_pairs"], given["sampling"]["num_steps"], model.latent, model.conditioning)
+    rollout = rollout_bytes(
+        given["batching"]["num_pairs"], given["sampling"]["num_steps"], model.latent, model.conditioning
+    )
     cells = [f"{size / GIB:.1f}" for size in sizes]
     first = [given["flow"]["init_args"]["pretrained"], f"{weights / 1e9:.2f}", f"{lora / 1e6:.1f}", model.config]
     return first, [*cells, f"{rollout / GIB:.1f}"]

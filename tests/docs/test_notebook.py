@@ -9,12 +9,13 @@ ROOT = Path(__file__).parents[2]
 CELL = """
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import {bar}
-from lightning_fdfo import FDFOModule, PromptDataModule, Sampling
+from lightning_fdfo import Batching, FDFOModule, PromptDataModule, Sampling
 from lightning_fdfo.flows import StableDiffusion3
 
 flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
-sampling = Sampling(num_steps=2, height=32, width=64, churn=0.05, rollout_batch_size=2)
-module = FDFOModule(flow, {{"JPEGSize": 1.0}}, sampling, num_pairs=4, updates_per_epoch=1, batch_size=4)
+sampling = Sampling(num_steps=2, height=32, width=64, churn=0.05)
+batching = Batching(num_pairs=4, updates_per_epoch=1, batch_size=4, rollout_batch_size=2)
+module = FDFOModule(flow, {{"JPEGSize": 1.0}}, sampling, batching)
 data = PromptDataModule("{root}/configs/prompts/digits_train.txt")
 trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, callbacks=[{bar}()], default_root_dir="{bar}")
 trainer.fit(module, data)

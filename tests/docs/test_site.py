@@ -73,6 +73,8 @@ def test_every_option_of_the_parser_is_there(parser, documented):
         "trainer": "Trainer",
         "model": "FDFOModule",
         "model.sampling": "Sampling",
+        "model.batching": "Batching",
+        "model.failures": "FailurePolicy",
         "model.objective": "Objective",
         "model.evaluation": "Evaluation",
         "data": "PromptDataModule",

@@ -71,8 +71,8 @@ def test_its_options_are_checked(environment):
 def test_it_trains(environment, tmp_path):
     environment(
         "-m", "lightning_fdfo", "fit", "--config", "configs/quickstart.yaml", "--model.rewards.Redness=0.5",
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1", "--model.num_pairs=8",
-        "--model.batch_size=32", "--model.metrics=null", "--trainer.num_sanity_val_steps=0",
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1", "--model.batching.num_pairs=8",
+        "--model.batching.batch_size=32", "--model.evaluation.metrics=null", "--trainer.num_sanity_val_steps=0",
         "--trainer.check_val_every_n_epoch=1000",
     )  # fmt: skip
     with (tmp_path / "csv/version_0/metrics.csv").open() as file:

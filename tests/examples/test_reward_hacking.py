@@ -32,10 +32,10 @@ def whiteness(path):
 
 
 SMALL = [
-    "--model.num_pairs=16",
-    "--model.batch_size=64",
-    "--model.sampling.rollout_batch_size=16",
-    "--model.metrics=null",
+    "--model.batching.num_pairs=16",
+    "--model.batching.batch_size=64",
+    "--model.batching.rollout_batch_size=16",
+    "--model.evaluation.metrics=null",
 ]
 SHORT = ["--trainer.limit_val_batches=0", "--trainer.max_epochs=8"]
 

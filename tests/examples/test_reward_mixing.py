@@ -16,8 +16,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "examples/reward_mixing"
 SMALL = [
-    "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--model.num_pairs=4", "--model.batch_size=16",
-    "--model.sampling.num_steps=4", "--model.sampling.rollout_batch_size=4",
+    "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--model.batching.num_pairs=4",
+    "--model.batching.batch_size=16",
+    "--model.sampling.num_steps=4", "--model.batching.rollout_batch_size=4",
 ]  # fmt: skip
 
 

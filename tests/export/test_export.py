@@ -105,7 +105,7 @@ def test_nothing_of_the_machine_is_given_away(run, tmp_path):
         text = (tmp_path / "out" / name).read_text()
         assert str(run) not in text
         assert str(ROOT) not in text
-    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["num_pairs"] == 4
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["batching"]["num_pairs"] == 4
 
 
 def test_a_number_that_there_is_not_leaves_its_cell_empty(run, tmp_path):

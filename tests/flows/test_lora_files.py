@@ -141,7 +141,7 @@ def validate(monkeypatch, capsys, tmp_path):
     small = [
         f"--data.val={tmp_path}/prompts.txt",
         f"--trainer.default_root_dir={tmp_path / 'run'}",
-        "--model.metrics=null",
+        "--model.evaluation.metrics=null",
     ]
     small += [
         "--model.rewards={Colorfulness: 1.0}",

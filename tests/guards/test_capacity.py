@@ -39,9 +39,12 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 CASES = [
-    (("num_pairs", "1000000000000"), r"takes at least \d+\.\d TiB of main memory, which has .*num_pairs=1000000000000"),
+    (
+        ("batching.num_pairs", "1000000000000"),
+        r"takes at least \d+\.\d TiB of main memory, which has .*num_pairs=1000000000000",
+    ),
     (("sampling.num_steps", "1000000000"), r"at least \d+\.\d TiB of main memory, .*num_steps=1000000000"),
-    (("batch_size", "1000000007"), r"batch_size=1000000007 must divide the 192 points .*nearest: 192"),
+    (("batching.batch_size", "1000000007"), r"batch_size=1000000007 must divide the 192 points .*nearest: 192"),
     (("lora.rank", "100000"), r"lora.rank: expected at most 96, .* got 100000"),
     (("sampling.height", "4096"), r"expected at most 64 pixels, for this model has positions for 8 tokens a side"),
     (("sampling.width", "96"), r"expected at most 64 pixels, .* got 32 x 96"),
@@ -65,7 +68,7 @@ def test_validation_refuses_a_size_too(command):
 
 
 def test_doctor_says_the_same(command):
-    code, told = command("doctor", "--model.num_pairs", "1000000000000")
+    code, told = command("doctor", "--model.batching.num_pairs", "1000000000000")
     assert code == 1
     assert "this run cannot fit: it takes at least" in told
     code, told = command("doctor", "--model.sampling.width", "96")

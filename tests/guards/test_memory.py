@@ -27,7 +27,7 @@ def flow():
 
 
 def test_a_rollout_at_rest_takes_what_it_is_said_to_take(flow):
-    sampling = Sampling(num_steps=NUM_STEPS, height=32, width=64, rollout_batch_size=NUM_PAIRS)
+    sampling = Sampling(num_steps=NUM_STEPS, height=32, width=64)
     prompts = [Prompt(f'"{number}" in red', "", {}, "") for number in range(NUM_PAIRS)]
     conditioning = encode_prompts(flow, prompts, 1.0, NUM_PAIRS)
     rollout = roll_out(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_fdfo import Sampling
 from lightning_fdfo.checkpoints.last_checkpoint import last_file
 from lightning_fdfo.guards.stop import StopOnSignal, ends_at_once, resuming_command
 from lightning_fdfo.reward.term import RewardTerm
@@ -54,8 +53,7 @@ def stopped(toy_module, fit, tmp_path, prompts_file, capsys):
 
     def run(moment, number, command="go on", **options):
         at = At(moment, number)
-        chunks = Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=4)
-        module = toy_module(rewards={"brightness": RewardTerm(at.reward)}, sampling=chunks)
+        module = toy_module(rewards={"brightness": RewardTerm(at.reward)}, rollout_batch_size=4)
         settings = WITH | {"val": str(prompts_file), "check_val_every_n_epoch": 3} | options
         with pytest.raises(SystemExit) as end:
             fit(module, 6, callbacks=[at, StopOnSignal(command)], **settings)

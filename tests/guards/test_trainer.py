@@ -103,7 +103,10 @@ def test_works(name, without, toy_module, fit, weights, prompts_file, tmp_path):
 
 
 REFUSED = {
-    "limit_train_batches=0.5": ({"limit_train_batches": 0.5}, r"limit_train_batches=0.5: .* lower model.num_pairs"),
+    "limit_train_batches=0.5": (
+        {"limit_train_batches": 0.5},
+        r"limit_train_batches=0.5: .* lower model.batching.num_pairs",
+    ),
     "limit_train_batches=3": ({"limit_train_batches": 3}, r"limit_train_batches=3: an epoch is 2 updates of 2 batches"),
     "limit_train_batches=0": ({"limit_train_batches": 0}, r"limit_train_batches=0: "),
     "overfit_batches=2": ({"overfit_batches": 2}, r"overfit_batches=2: .* give data.train a file of few prompts"),

@@ -64,7 +64,10 @@ def folder(tmp_path):
     run = tmp_path / "my run"
     run.mkdir()
     (run / "config.yaml").write_text("seed_everything: 0\n")
-    config = {"seed_everything": 7, "model": {"num_pairs": 48, "rewards": {"a": 1.0, EVIL: {"reward": "OCR"}}}}
+    config = {
+        "seed_everything": 7,
+        "model": {"batching": {"num_pairs": 48}, "rewards": {"a": 1.0, EVIL: {"reward": "OCR"}}},
+    }
     (run / "config-1.yaml").write_text(yaml.safe_dump(config))
     rows(run / "csv/version_0/metrics.csv", [{"epoch": e, "step": e, "reward/mean": e, "val/a": ""} for e in range(4)])
     later = [{"epoch": e, "step": e, "reward/mean": 10 + e, "val/a": 5.0 if e == 3 else ""} for e in range(2, 5)]

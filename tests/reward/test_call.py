@@ -309,7 +309,8 @@ def test_pairs_that_a_time_limit_ends_may_be_dropped(toy_module, fit, prompts_fi
     prompts_file.write_text("a\nb\nc\nd\n")
     module = toy_module(
         rewards={"hung": RewardTerm(Hanging(release, seconds=0.3), time_limit=0.2)},
-        sampling=Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=1),
+        sampling=Sampling(num_steps=4, height=2, width=2, churn=0.1),
+        rollout_batch_size=1,
         on_reward_error="drop_pair",
         max_dropped=0.9,
     )

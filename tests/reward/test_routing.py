@@ -161,8 +161,8 @@ def test_a_pair_is_dropped_for_its_own_rewards_only(toy_module, fit, tmp_path):
         {"prompt": "s", "answer": 1},
     ]
     rewards = {"light": RewardTerm(brightness), "answer": RewardTerm(Answer(fails_on="s"), scale="std")}
-    sampling = Sampling(num_steps=4, height=2, width=2, churn=0.1, rollout_batch_size=1)
-    options = {"sampling": sampling, "num_pairs": 6, "batch_size": 24}
+    sampling = Sampling(num_steps=4, height=2, width=2, churn=0.1)
+    options = {"sampling": sampling, "num_pairs": 6, "batch_size": 24, "rollout_batch_size": 1}
     module = toy_module(rewards=rewards, on_reward_error="drop_pair", max_dropped=0.5, **options)
     trainer = fit(module, 1, train=write(tmp_path / "train.jsonl", rows))
     scored, whole = module.collector.scores.scored, module.collector.scores.whole

@@ -1,5 +1,4 @@
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
@@ -66,9 +65,10 @@ def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4,
     )
     flow = ToyFlow()
     flow.load()
-    sampling = replace(SAMPLING, rollout_batch_size=chunk_size)
     rewards = RewardMix({"brightness": RewardTerm(brightness)})
-    collector = RolloutCollector(flow, rewards, PROMPTS, plan, sampling, OneOfSome(rank), seed=0)
+    collector = RolloutCollector(
+        flow, rewards, PROMPTS, plan, SAMPLING, OneOfSome(rank), seed=0, rollout_batch_size=chunk_size
+    )
     if calls is not None:
 
         def run(flow, rewards, prompts, conditioning, pairs, **options):

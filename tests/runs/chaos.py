@@ -61,7 +61,7 @@ def line(folder: Path, epochs: int, strategy: str) -> list[str]:
     note = {"class_path": "tests.runs.chaos.Begun", "init_args": {"file": str(folder / "begun.txt")}}
     return [
         "fit", "--config=configs/quickstart.yaml", *WAYS[strategy], f"--data.val={folder / 'val.txt'}",
-        "--model.num_pairs=4", f"--model.batch_size={16 if strategy == 'one' else 8}",
+        "--model.batching.num_pairs=4", f"--model.batching.batch_size={16 if strategy == 'one' else 8}",
         f"--trainer.callbacks+={json.dumps([note, shipped.EMA])}", f"--trainer.max_epochs={epochs}",
         f"--trainer.default_root_dir={folder / 'run'}", "--trainer.enable_progress_bar=false",
     ]  # fmt: skip

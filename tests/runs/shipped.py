@@ -14,12 +14,15 @@ from tests.runs.test_parallel import ROOT, flat, trained
 TINY = {
     "flow": {"class_path": "StableDiffusion3", "init_args": {"pretrained": "tiny-digits", "max_sequence_length": 0}},
     "rewards": {"Colorfulness": {"reward": "Colorfulness", "weight": 0.1, "scale": "std"}},
-    "metrics": None,
-    "sampling": {"num_steps": 2, "height": 32, "width": 64, "churn": 0.05, "rollout_batch_size": 4},
-    "num_pairs": 4,
-    "updates_per_epoch": 1,
-    "num_points_per_pair": None,
-    "batch_size": 16,
+    "evaluation": {"metrics": None},
+    "sampling": {"num_steps": 2, "height": 32, "width": 64, "churn": 0.05},
+    "batching": {
+        "num_pairs": 4,
+        "updates_per_epoch": 1,
+        "num_points_per_pair": None,
+        "batch_size": 16,
+        "rollout_batch_size": 4,
+    },
 }
 EMA = {"class_path": "lightning_fdfo.callbacks.EMA", "init_args": {"decay": 0.5}}
 """Beside the callbacks of a configuration: none of them brings it."""

@@ -30,8 +30,8 @@ MEMORY_KEYS = {
     "model.flow.init_args.quantization",
     "model.flow.init_args.text_encoders",
     "model.flow.init_args.vae_slicing",
-    "model.sampling.rollout_batch_size",
-    "model.batch_size",
+    "model.batching.rollout_batch_size",
+    "model.batching.batch_size",
     "data.val_batch_size",
     "trainer.accelerator",
     "trainer.devices",
@@ -101,11 +101,11 @@ def test_totals_divide_over_the_devices_that_the_configuration_names(name, world
     settings = read(name)["model"]
     assert "divide over 1, 2, 4 and 8" in CONFIGS[name].read_text(encoding="utf-8")
     plan = BatchPlan.derive(
-        num_pairs=settings["num_pairs"],
-        updates_per_epoch=settings["updates_per_epoch"],
+        num_pairs=settings["batching"]["num_pairs"],
+        updates_per_epoch=settings["batching"]["updates_per_epoch"],
         num_steps=settings["sampling"]["num_steps"],
-        num_points_per_pair=settings.get("num_points_per_pair"),
-        batch_size=settings["batch_size"],
+        num_points_per_pair=settings["batching"].get("num_points_per_pair"),
+        batch_size=settings["batching"]["batch_size"],
         world_size=world_size,
     )
     assert (plan.num_pairs, plan.updates_per_epoch) == (432, 4)
@@ -117,7 +117,8 @@ def test_the_papers_setting(name, build):
     assert (model.sampling.num_steps, model.sampling.height, model.sampling.width) == (40, 512, 512)
     assert (model.sampling.churn, model.sampling.initial_churn, model.sampling.guidance_scale) == (0.0025, None, 1.0)
     assert (model.lora.rank, model.lora.alpha, model.lora.targets) == (32, 64, None)
-    assert (model.num_pairs, model.updates_per_epoch, model.num_points_per_pair) == (432, 4, None)
+    batching = model.batching
+    assert (batching.num_pairs, batching.updates_per_epoch, batching.num_points_per_pair) == (432, 4, None)
     assert (model.objective.clip_range, model.objective.normalization) == (0.03, "mean_square")
     (group,) = model.optimizer([torch.nn.Parameter(torch.zeros(1))]).param_groups
     assert (group["lr"], group["weight_decay"]) == (3e-5, 1e-4)

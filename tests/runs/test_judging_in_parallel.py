@@ -23,7 +23,7 @@ def arguments(tmp_path_factory):
     hub_folders.clip_folder(folder / "clip")
     return [
         "--config=configs/quickstart.yaml", f"--data.val={folder / 'prompts.txt'}", "--data.images_per_prompt=3",
-        "--data.val_batch_size=4", "--model.rewards={Colorfulness: 1.0}", "--model.metrics=null",
+        "--data.val_batch_size=4", "--model.rewards={Colorfulness: 1.0}", "--model.evaluation.metrics=null",
         "--model.sampling.num_steps=2", f"--model.evaluation.diversity={folder / 'clip'}",
         "--trainer.enable_progress_bar=false",
     ]  # fmt: skip
@@ -32,7 +32,8 @@ def arguments(tmp_path_factory):
 def trained(arguments, folder, *more):
     """A checkpoint after an epoch with large steps."""
     fit = [
-        "--model.num_pairs=4", "--model.num_points_per_pair=null", "--model.batch_size=8", "--trainer.max_epochs=1",
+        "--model.batching.num_pairs=4", "--model.batching.num_points_per_pair=null",
+        "--model.batching.batch_size=8", "--trainer.max_epochs=1",
         "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=100", "--trainer.logger=false",
         "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 3.0}}",
     ]  # fmt: skip

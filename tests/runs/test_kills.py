@@ -94,7 +94,7 @@ def configuration(folder, epochs=EPOCHS, callbacks=(), **moment):
     config["model"] |= {
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9}},
-        "updates_per_epoch": 2,
+        "batching": config["model"]["batching"] | {"updates_per_epoch": 2},
     }
     logger = {"save_dir": str(folder / "run"), "name": "csv", "flush_logs_every_n_steps": 1}
     config["trainer"] |= {
@@ -113,7 +113,7 @@ def configuration(folder, epochs=EPOCHS, callbacks=(), **moment):
 def arguments(folder, *more, way="one", **options):
     """Of the command; `way` is one of tests/runs/test_parallel.py's."""
     configs = ["--config", "configs/quickstart.yaml", "--config", str(configuration(folder, **options)), *WAYS[way]]
-    own = [f"--trainer.default_root_dir={folder / 'run'}", f"--model.batch_size={4 if way == 'one' else 2}"]
+    own = [f"--trainer.default_root_dir={folder / 'run'}", f"--model.batching.batch_size={4 if way == 'one' else 2}"]
     return ["fit", *configs, *own, *more]
 
 

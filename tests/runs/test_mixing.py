@@ -11,7 +11,7 @@ from lightning_fdfo.__main__ import main
 ROOT = Path(__file__).parents[2]
 EPOCHS = 10
 SMALL = [
-    "--model.num_pairs=32", "--model.batch_size=128", "--model.metrics=null",
+    "--model.batching.num_pairs=32", "--model.batching.batch_size=128", "--model.evaluation.metrics=null",
     "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1000",
     "--trainer.enable_progress_bar=false",
 ]  # fmt: skip

@@ -37,10 +37,9 @@ def overlay(folder):
                     "gate": {"reward": "colors", "above": 50.0},
                 },
             },
-            "metrics": None,
-            "sampling": {"num_steps": 2, "rollout_batch_size": 1},
-            "num_pairs": 16,
-            "num_points_per_pair": None,
+            "evaluation": {"metrics": None},
+            "sampling": {"num_steps": 2},
+            "batching": {"num_pairs": 16, "num_points_per_pair": None, "rollout_batch_size": 1},
             "lora": {"rank": 4, "alpha": 4},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
         },
@@ -68,8 +67,8 @@ def overlay(folder):
 
 def fit(folder, *more, devices=1):
     ways = {
-        1: ["--model.batch_size=16"],
-        2: ["--model.batch_size=8", "--config=configs/ddp.yaml", "--trainer.devices=2"],
+        1: ["--model.batching.batch_size=16"],
+        2: ["--model.batching.batch_size=8", "--config=configs/ddp.yaml", "--trainer.devices=2"],
     }
     arguments = ["--config=configs/quickstart.yaml", f"--config={overlay(folder)}", *ways[devices], *more]
     processes.run_well(["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices)

@@ -11,7 +11,7 @@ import pytest
 from lightning_fdfo.__main__ import main
 from tests.runs.test_parallel import ROOT, WAYS, overlay
 
-SMALL = ["--model.metrics=null", "--model.sampling.num_steps=2", "--trainer.enable_progress_bar=false"]
+SMALL = ["--model.evaluation.metrics=null", "--model.sampling.num_steps=2", "--trainer.enable_progress_bar=false"]
 KILLED = {"SIGINT": ("ctrl-C", 130), "SIGTERM": ("SIGTERM", 143)}
 
 
@@ -42,7 +42,12 @@ def test_a_signal_while_a_reward_scores_ends_validate_and_is_not_the_rewards_fau
     monkeypatch.setattr(sys, "argv", ["lightning-fdfo"])
     rewards = f"--model.rewards={{tests.runs.test_one_ends.{reward}: 1.0}}"
     data = [f"--data.{part}={tmp_path}/val.txt" for part in ("train", "val")]
-    more = [rewards, f"--model.on_reward_error={policy}", *data, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    more = [
+        rewards,
+        f"--model.failures.on_reward_error={policy}",
+        *data,
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]
     with pytest.raises(SystemExit) as end:
         main(["validate", f"--config={ROOT}/configs/quickstart.yaml", *SMALL, *more])
     said = capfd.readouterr().err

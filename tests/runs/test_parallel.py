@@ -16,9 +16,9 @@ from tests import processes
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 WAYS = {
-    "one": ["--model.batch_size=8"],
-    "ddp": ["--model.batch_size=4", "--config", "configs/ddp.yaml", "--trainer.devices=2"],
-    "fsdp2": ["--model.batch_size=4", "--config", "configs/fsdp2.yaml", "--trainer.devices=2"],
+    "one": ["--model.batching.batch_size=8"],
+    "ddp": ["--model.batching.batch_size=4", "--config", "configs/ddp.yaml", "--trainer.devices=2"],
+    "fsdp2": ["--model.batching.batch_size=4", "--config", "configs/fsdp2.yaml", "--trainer.devices=2"],
 }
 
 
@@ -51,10 +51,9 @@ def overlay(folder, lora):
     config = {
         "model": {
             "rewards": {"Colorfulness": {"reward": "Colorfulness", "weight": 0.1, "scale": "std"}},
-            "metrics": None,
-            "sampling": {"num_steps": 2, "rollout_batch_size": 1},
-            "num_pairs": 4,
-            "num_points_per_pair": None,
+            "evaluation": {"metrics": None},
+            "sampling": {"num_steps": 2},
+            "batching": {"num_pairs": 4, "num_points_per_pair": None, "rollout_batch_size": 1},
             "lora": {"rank": 4, "alpha": 4},
             # Not Adam, which steps by a gradient's sign, however small: rounding would be as large as any step.
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0, "momentum": 0.9}},

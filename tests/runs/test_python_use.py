@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lightning_fdfo import FDFOModule, LoRA, PromptDataModule, Sampling
+from lightning_fdfo import Batching, FDFOModule, LoRA, PromptDataModule, Sampling
 from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_fdfo.commands import console
 from lightning_fdfo.errors import ConfigurationError
@@ -174,9 +174,10 @@ def digits(tmp_path_factory):
     """The shipped model, trained for an epoch."""
     folder = tmp_path_factory.mktemp("digits")
     flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
-    sampling = Sampling(num_steps=2, height=32, width=64, churn=0.05, rollout_batch_size=2)
+    sampling = Sampling(num_steps=2, height=32, width=64, churn=0.05)
+    batching = Batching(num_pairs=4, updates_per_epoch=1, batch_size=4, rollout_batch_size=2)
     rewards = {"JPEGSize": 1.0, "OCR": {"reward": "OCR", "weight": 0.1, "scale": "std"}}
-    module = FDFOModule(flow, rewards, sampling, num_pairs=4, updates_per_epoch=1, batch_size=4, lora=LoRA(rank=4))
+    module = FDFOModule(flow, rewards, sampling, batching, lora=LoRA(rank=4))
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(DIGITS.read_text(encoding="utf-8").splitlines()[:2]), encoding="utf-8")
     data = PromptDataModule(str(prompts), str(prompts), val_batch_size=2)

@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MASK = 0o027
-FEW = ["--model.num_pairs=4", "--model.batch_size=16", "--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=2"]
+FEW = [
+    "--model.batching.num_pairs=4",
+    "--model.batching.batch_size=16",
+    "--trainer.max_epochs=2",
+    "--trainer.check_val_every_n_epoch=2",
+]
 
 
 @pytest.fixture(scope="module")

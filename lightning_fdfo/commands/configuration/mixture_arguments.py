@@ -3,7 +3,7 @@
     --model.rewards.OCR 0.3                        the weight, whether the files give OCR in the short form or the long
     --model.rewards.small.weight "{0: 1, 20: 0.3}"
     --model.rewards.small.gate.above 0.9
-    --model.metrics.exact_match.reward.init_args.detect true
+    --model.evaluation.metrics.exact_match.reward.init_args.detect true
 
 A new name and a weight add a term.
 
@@ -26,7 +26,7 @@ from jsonargparse import ArgumentParser, get_loader
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward.term import KEYS
 
-MIXTURES = ("model.rewards", "model.metrics")
+MIXTURES = ("model.rewards", "model.evaluation.metrics")
 _OPTION = re.compile(rf"--({'|'.join(map(re.escape, MIXTURES))})\.([^=]+)(?:=(.*))?", flags=re.DOTALL)
 
 

@@ -43,7 +43,7 @@ def test_a_file_of_the_class_itself_needs_no_word(said, tmp_path):
     file = tmp_path / "sgd.yaml"
     file.write_text("model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, weight_decay: 0.0}}}")
     assert said("--config", str(file)) == []
-    assert said("--model.num_pairs", "96") == []
+    assert said("--model.batching.num_pairs", "96") == []
 
 
 def test_the_short_form_of_a_flow_counts(said, tmp_path):

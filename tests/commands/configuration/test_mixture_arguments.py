@@ -91,7 +91,7 @@ def test_metrics_are_changed_in_the_same_way(mixture, monkeypatch):
     seen = []
     monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: seen.append(self.model))
     with pytest.raises(IndexError):  # nothing is built by the fixture
-        mixture("--model.metrics.exact_match.reward.init_args.score=edit_distance", long=False)
+        mixture("--model.evaluation.metrics.exact_match.reward.init_args.score=edit_distance", long=False)
     assert seen[0].metrics.terms["exact_match"].reward.score == "edit_distance"
 
 
@@ -134,6 +134,6 @@ def test_dotted_names_are_names():
 
 
 def test_other_arguments_are_left_alone():
-    line = ["fit", "--config", "a.yaml", "--model.rewards={OCR: 1}", "--model.num_pairs", "4", "--data.val=b"]
+    line = ["fit", "--config", "a.yaml", "--model.rewards={OCR: 1}", "--model.batching.num_pairs", "4", "--data.val=b"]
     assert split_arguments(line) == (line, [])
     assert sys.argv  # and the process's own are not touched
