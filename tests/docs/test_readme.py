@@ -59,7 +59,10 @@ def test_reward_commands_run(command, monkeypatch, capsys):
     assert "JPEGSize" in output.out
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lightning-fdfo serve-reward")])
+SERVING = re.findall(r"^lightning-fdfo serve-reward .*$", (ROOT / "docs/remote_rewards.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [*SERVING, *(c for c in COMMANDS if c.startswith("lightning-fdfo serve-reward"))])
 def test_rewards_that_are_served_are_there(command, monkeypatch):
     served = []
 
