@@ -434,7 +434,7 @@ class FDFOModule(LightningModule):
         with self._seeded_dropout(batch_idx):
             velocity = self.velocity(batch)
         loss, ratio = velocity_objective(
-            velocity, batch.old_velocity, batch.direction, batch.reward_difference, self.objective.clip_range
+            velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=self.objective.clip_range
         )
         mean_loss = loss.mean()
         logged = {
@@ -546,16 +546,16 @@ class FDFOModule(LightningModule):
         """Paints the prompts from fixed latents without churn and scores them.
 
         Returns:
-            `images` [N, 3, H, W], `prompts`, and `scores`: name -> [N], of those that count, for callbacks. The total,
-            `reward`, is left out before the first rollout if a term is divided by its deviation: nobody knows it yet. A
-            name that no validation prompt goes to is left out; one that a prompt does not go to is NaN there.
+            `images` [N, 3, H, W], `prompts`, and `scores`: name -> `Scores` of those that count, in float32, for
+            callbacks. The total, `reward`, is left out before the first rollout if a term is divided by its deviation:
+            nobody knows it yet. A name that no validation prompt goes to is left out.
         """
         images, scores = self._painted(batch)
         prompts = [row.prompt.text for row in batch if row.counted]
         count = len(prompts)  # the others come last
-        scores = {name: value[:count].float() for name, value in scores.items()}
-        for name, value in scores.items():
-            scored = value[value.isfinite()]
+        scores = {name: score.select(slice(count)).rounded() for name, score in scores.items()}
+        for name, score in scores.items():
+            scored = score.values[score.scored]
             self._log_epoch({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
         return {"images": images[:count].cpu(), "prompts": prompts, "scores": scores}
 
@@ -564,12 +564,11 @@ class FDFOModule(LightningModule):
         images = self._paint(batch)
         texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
         drop = self.failures.drops_pairs
-        to = routes(self.rewards.terms, metadata)
-        terms = self.rewards(images, texts, metadata, drop, to)
+        terms = self.rewards(images, texts, metadata, routes=routes(self.rewards.terms, metadata), drop=drop)
         known = self.rewards.scales_known
-        scores = ({"reward": self.rewards.total(terms, to, self.current_epoch)} if known else {}) | terms
+        scores = ({"reward": self.rewards.total(terms, self.current_epoch)} if known else {}) | terms
         if self.metrics is not None:
-            scores |= self.metrics(images, texts, metadata, drop, routes(self.metrics.terms, metadata))
+            scores |= self.metrics(images, texts, metadata, routes=routes(self.metrics.terms, metadata), drop=drop)
         return Painted(images, {name: value for name, value in scores.items() if name not in self._unjudged})
 
     def _paint(self, batch: Sequence[IndexedPrompt]) -> Tensor:

@@ -64,8 +64,10 @@ def score_differences(scores: Tensor) -> Tensor:
     return half_differences(scores.double()).float()
 
 
-def direction(endpoint_difference: Tensor, normalization: Normalization = "mean_square", eps: float = 1e-6) -> Tensor:
-    """The direction from a pair's middle to each of its images, scaled.
+def normalize_difference(
+    endpoint_difference: Tensor, normalization: Normalization = "mean_square", *, eps: float = 1e-6
+) -> Tensor:
+    """The direction from a pair's middle to each of its images: their half difference, scaled.
 
         mean_square:       d / (mean(d^2) + eps)
         root_mean_square:  d / sqrt(mean(d^2) + eps)
@@ -87,9 +89,9 @@ def direction(endpoint_difference: Tensor, normalization: Normalization = "mean_
 
     Example:
         >>> import torch
-        >>> direction(torch.tensor([[3.0, 4.0]]), eps=0.0)
+        >>> normalize_difference(torch.tensor([[3.0, 4.0]]), eps=0.0)
         tensor([[0.2400, 0.3200]])
-        >>> direction(torch.tensor([[3.0, 4.0]]), "root_mean_square", eps=0.0)
+        >>> normalize_difference(torch.tensor([[3.0, 4.0]]), "root_mean_square", eps=0.0)
         tensor([[0.8485, 1.1314]])
 
     Source: arXiv 2603.12893.
@@ -107,9 +109,10 @@ def velocity_objective(
     old_velocity: Tensor,
     direction: Tensor,
     reward_difference: Tensor,
+    *,
     clip_range: float = 0.03,
 ) -> VelocityObjective:
-    """The loss of a velocity against the rollout's, with a quadratic price for moving far.
+    """The loss of a velocity against the rollout's, with a quadratic penalty for moving far.
 
         delta     = velocity - old_velocity
         log_ratio = -mean(delta^2) - 2 * mean(delta * direction)
@@ -126,12 +129,15 @@ def velocity_objective(
     Args:
         velocity: [B, ...], the model's now, with gradient.
         old_velocity: [B, ...], the rollout's.
-        direction: [B, ...], of `direction()`.
+        direction: [B, ...], of `normalize_difference`.
         reward_difference: [B], half difference of the rewards.
         clip_range: > 0.
 
     Returns:
         VelocityObjective(loss [B], ratio [B]), float32.
+
+    Raises:
+        ValueError: shapes that do not go together, which broadcasting would hide.
 
     Example:
         >>> import torch
@@ -142,14 +148,26 @@ def velocity_objective(
         >>> torch.autograd.grad(loss.sum(), v)[0]
         tensor([[ 0.5000, -0.5000]])
 
-    Source: arXiv 2603.12893; the quadratic price is that of simple policy optimization (arXiv 2401.16025).
+    Source: arXiv 2603.12893; the quadratic penalty is that of simple policy optimization (arXiv 2401.16025).
     """
+    _check_shapes(velocity, old_velocity, direction, reward_difference)
     delta = velocity.float() - old_velocity.float()
     log_ratio = -_mean(delta**2) - 2 * _mean(delta * direction.float())
     ratio = log_ratio.exp()
     reward_difference = reward_difference.float()
-    price = reward_difference.abs() / (2 * clip_range) * (ratio - 1) ** 2
-    return VelocityObjective(price - reward_difference * ratio, ratio)
+    penalty = reward_difference.abs() / (2 * clip_range) * (ratio - 1) ** 2
+    return VelocityObjective(penalty - reward_difference * ratio, ratio)
+
+
+def _check_shapes(velocity: Tensor, old_velocity: Tensor, direction: Tensor, reward_difference: Tensor) -> None:
+    shape = velocity.shape
+    if old_velocity.shape == direction.shape == shape and reward_difference.shape == shape[:1]:
+        return
+    raise ValueError(
+        f"expected velocity, old_velocity and direction of one shape [B, ...] and reward_difference [B], got velocity "
+        f"{list(shape)}, old_velocity {list(old_velocity.shape)}, direction {list(direction.shape)} and "
+        f"reward_difference {list(reward_difference.shape)}"
+    )
 
 
 def velocity_divergence(velocity: Tensor, base_velocity: Tensor) -> Tensor:

@@ -60,16 +60,7 @@ def churn_step(
     churn: float | Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """One step from sigma to sigma_next, with a little of the noise replaced by fresh noise.
-
-        x0     = x - sigma * v                          the image that the velocity points to
-        old    = x + (1 - sigma) * v                    the noise that it points from
-        new    = rho * old + sqrt(1 - rho^2) * noise    rho = 1 / (1 + churn)
-        x_next = (1 - sigma_next) * x0 + sigma_next * new
-               = x + (sigma_next - sigma) * v + sigma_next * (new - old)
-
-    The last line is the one computed: with churn = 0 it is Euler's method to the last bit. At sigma_next = 0
-    churn has no effect.
+    """One step of Euler's method from sigma to sigma_next, with a little of the noise replaced by fresh noise.
 
     Args:
         latents: x, [N, ...].
@@ -89,14 +80,25 @@ def churn_step(
         >>> churn_step(x, v, 1.0, 0.5, 0.25, torch.tensor([[1.0]]))
         tensor([[0.2000]])
 
+    A velocity points to an image, and from a noise. The step keeps the image, and mixes the noise:
+
+        x0     = x - sigma * v
+        kept   = rho * (x + (1 - sigma) * v)            rho = 1 / (1 + churn)
+        fresh  = sqrt(1 - rho^2) * noise
+        x_next = (1 - sigma_next) * x0 + sigma_next * (kept + fresh)
+               = x + (sigma_next - sigma) * v + sigma_next * (fresh - (1 - rho) * (x + (1 - sigma) * v))
+
+    The last line is the one computed: with churn = 0 it is Euler's method to the last bit. At sigma_next = 0 churn has
+    no effect.
+
     Source: arXiv 2603.12893; equal to the stochastic step of Karras et al. 2022 (arXiv 2206.00364, algorithm 2),
     written for a straight path.
     """
     sigma, sigma_next = _per_row(sigma, latents), _per_row(sigma_next, latents)
     rho = 1 / (1 + _per_row(churn, latents))
-    old_noise = latents + (1 - sigma) * velocity
-    change_of_noise = (1 - rho**2).sqrt() * noise - (1 - rho) * old_noise
-    return latents + (sigma_next - sigma) * velocity + sigma_next * change_of_noise
+    noise_fresh = (1 - rho**2).sqrt() * noise
+    noise_lost = (1 - rho) * (latents + (1 - sigma) * velocity)
+    return latents + (sigma_next - sigma) * velocity + sigma_next * (noise_fresh - noise_lost)
 
 
 def sample(velocity_fn: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
@@ -163,11 +165,11 @@ def sample_pairs(
     churns = churns.expand(len(sigmas))
     state = churn_prior(latents.float().repeat_interleave(2, dim=0), churns[0], noise(0))
     states, velocities = [state], []
-    last = len(sigmas) - 1
-    for k in range(1, last + 1):
-        velocity = velocity_fn(state, sigmas[k - 1]).float()
-        fresh = noise(k) if k < last else torch.zeros_like(state)
-        state = churn_step(state, velocity, sigmas[k - 1], sigmas[k], churns[k], fresh)
+    num_steps = len(sigmas) - 1
+    for k, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas), start=1):
+        velocity = velocity_fn(state, sigma).float()
+        fresh = noise(k) if k < num_steps else torch.zeros_like(state)
+        state = churn_step(state, velocity, sigma, sigma_next, churns[k], fresh)
         states.append(state)
         velocities.append(velocity)
     return Trajectories(torch.stack(states, dim=1), torch.stack(velocities, dim=1))

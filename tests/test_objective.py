@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_fdfo.objective import direction, half_differences, velocity_divergence, velocity_objective
+from lightning_fdfo.objective import half_differences, normalize_difference, velocity_divergence, velocity_objective
 from lightning_fdfo.sampling import sample_pairs
 from lightning_fdfo.schedules import churn_schedule, uniform_sigmas
 
@@ -21,16 +21,22 @@ def test_half_differences_need_pairs():
 def test_offsets_change_nothing():
     rewards, ends = torch.randn(6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     torch.testing.assert_close(half_differences(rewards + 5), half_differences(rewards))
-    torch.testing.assert_close(direction(half_differences(ends - 3)), direction(half_differences(ends)))
+    torch.testing.assert_close(
+        normalize_difference(half_differences(ends - 3)), normalize_difference(half_differences(ends))
+    )
 
 
 def test_direction_normalizations():
     difference = torch.randn(4, 2, 3)
-    torch.testing.assert_close(direction(difference, "root_mean_square", eps=0).pow(2).mean((1, 2)), torch.ones(4))
-    torch.testing.assert_close((direction(difference, "mean_square", eps=0) * difference).mean((1, 2)), torch.ones(4))
-    assert torch.equal(direction(torch.zeros(2, 3)), torch.zeros(2, 3))
+    torch.testing.assert_close(
+        normalize_difference(difference, "root_mean_square", eps=0).pow(2).mean((1, 2)), torch.ones(4)
+    )
+    torch.testing.assert_close(
+        (normalize_difference(difference, "mean_square", eps=0) * difference).mean((1, 2)), torch.ones(4)
+    )
+    assert torch.equal(normalize_difference(torch.zeros(2, 3)), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="'max'"):
-        direction(difference, "max")
+        normalize_difference(difference, "max")
 
 
 def test_on_policy_the_gradient_is_two_over_n_times_reward_difference_times_direction():
@@ -58,7 +64,7 @@ def test_close_pairs_keep_their_digits(dtype):
     """At a gap of 0.01 the expanded log-ratio agrees with float64; the form with squared distances would not."""
     torch.manual_seed(0)
     difference = 0.01 * torch.randn(8, 64)
-    aim, old = direction(difference), torch.randn(8, 64).to(dtype)
+    aim, old = normalize_difference(difference), torch.randn(8, 64).to(dtype)
     new = (old.float() + 1e-3 * torch.randn(8, 64)).to(dtype)
     delta, wide_aim = new.double() - old.double(), aim.double()
     exact = (-(delta**2).mean(1) - 2 * (delta * wide_aim).mean(1)).exp()
@@ -71,7 +77,9 @@ def test_a_step_moves_the_image_toward_the_better_one():
     differences = half_differences(ends)
     old = torch.randn(2, 6)
     velocity = old.clone().requires_grad_()
-    velocity_objective(velocity, old, direction(differences), half_differences(rewards)).loss.sum().backward()
+    velocity_objective(
+        velocity, old, normalize_difference(differences), half_differences(rewards)
+    ).loss.sum().backward()
     change_of_image = velocity.grad  # x0 = x - sigma * v, and v moves by minus the gradient
     assert (change_of_image @ (ends[0] - ends[1]) > 0).all()
 
@@ -103,3 +111,12 @@ def test_the_secant_estimate_of_a_linear_reward_through_a_linear_flow_is_j_jt_gr
 
 def test_divergence_is_the_mean_square():
     torch.testing.assert_close(velocity_divergence(torch.ones(2, 3, 4), torch.zeros(2, 3, 4)), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["old_velocity", "direction", "reward_difference"])
+def test_shapes_that_broadcasting_would_hide_are_refused(name):
+    """[B, 1] differences against [B] ratios would give a loss of [B, B]."""
+    given = {"velocity": torch.zeros(3, 2), "old_velocity": torch.zeros(3, 2), "direction": torch.zeros(3, 2)}
+    given |= {"reward_difference": torch.zeros(3)} | {name: torch.zeros(3, 1)}
+    with pytest.raises(ValueError, match=rf"expected velocity, .* got .*{name} \[3, 1\]"):
+        velocity_objective(**given)

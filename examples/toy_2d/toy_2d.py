@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from lightning_fdfo.objective import direction, half_differences, velocity_objective
+from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.sampling import Trajectories, sample, sample_pairs
 from lightning_fdfo.schedules import uniform_sigmas
 
@@ -103,7 +103,7 @@ def roll_out(flow: nn.Module, latents: Tensor, generator: torch.Generator) -> tu
     with torch.no_grad():
         trajectories = sample_pairs(flow, latents, SIGMAS, CHURN, noise.__getitem__)
     ends = trajectories.latents[:, -1]
-    return trajectories, half_differences(reward(ends)), direction(half_differences(ends))
+    return trajectories, half_differences(reward(ends)), normalize_difference(half_differences(ends))
 
 
 def train(flow: nn.Module, epochs: int = 75, num_pairs: int = 128, seed: int = 0) -> None:

@@ -75,7 +75,7 @@ class BeforeAfter(Callback):
             self._prompts += outputs["prompts"]
         for name, scores in outputs["scores"].items():
             value, count = self._sums.get(name, (0.0, 0))
-            scored = scores[scores.isfinite()].cpu().double()
+            scored = scores.values[scores.scored].double()
             self._sums[name] = (value + scored.sum().item(), count + len(scored))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

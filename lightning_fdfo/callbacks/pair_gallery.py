@@ -64,9 +64,9 @@ class PairGallery(Callback):
             return
         flow = cast(FDFOModule, pl_module).flow
         own = own_rows(rollout.pairs)[::2]
-        parts = {name: part[own] for name, part in scores.parts.items()}
-        whole = scores.whole[list(rollout.pairs)].nonzero().flatten()
-        chosen = whole[spread(scores.difference[own][whole].abs(), self.num_pairs)]
+        parts = {name: part[own] for name, part in scores.contributions.items()}
+        kept = scores.kept[list(rollout.pairs)].nonzero().flatten()
+        chosen = kept[spread(scores.difference[own][kept].abs(), self.num_pairs)]
         with trainer.precision_plugin.forward_context():
             ends = rollout.trajectories.latents[:, -1]
             rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()

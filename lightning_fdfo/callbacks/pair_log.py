@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterator
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -65,21 +64,22 @@ def pair_rows(epoch_scores: EpochScores, epoch: int) -> Iterator[dict[str, str |
         epoch_scores: of P pairs.
         epoch: the current one.
     """
-    whole, differences = epoch_scores.whole.tolist(), epoch_scores.difference.tolist()
-    scores = {name: values.tolist() for name, values in epoch_scores.scored.scores.items()}
-    parts = {name: values.tolist() for name, values in epoch_scores.parts.items()}
-    for pair, (prompt, kept) in enumerate(zip(epoch_scores.prompts, whole, strict=True)):
-        first, second = 2 * pair, 2 * pair + 1
-        difference = differences[first] if kept else math.nan
-        row: dict[str, str | int] = {"epoch": epoch, "pair": pair, "prompt": prompt, "dropped": int(not kept)}
+    kept, differences = epoch_scores.kept.tolist(), epoch_scores.difference.tolist()
+    values = {name: one.values.tolist() for name, one in epoch_scores.scores.items()}
+    scored = {name: one.scored.tolist() for name, one in epoch_scores.scores.items()}
+    added = {name: column.tolist() for name, column in epoch_scores.contributions.items()}
+    for pair, prompt in enumerate(epoch_scores.prompts):
+        first = 2 * pair
+        difference = differences[first] if kept[pair] else None
+        row: dict[str, str | int] = {"epoch": epoch, "pair": pair, "prompt": prompt, "dropped": int(not kept[pair])}
         row["difference"] = _cell(difference)
-        for name in scores:
-            part = parts[name][first] if kept else math.nan
-            row[f"{name}/first"], row[f"{name}/second"] = _cell(scores[name][first]), _cell(scores[name][second])
-            row[f"{name}/part"] = _cell(part)
-            row[f"{name}/share"] = _cell(part / difference if difference else math.nan)
+        for name in values:
+            for place, branch in enumerate(("first", "second"), start=first):
+                row[f"{name}/{branch}"] = _cell(values[name][place] if scored[name][place] else None)
+            row[f"{name}/part"] = _cell(added[name][first] if kept[pair] else None)
+            row[f"{name}/share"] = _cell(added[name][first] / difference if difference else None)
         yield row
 
 
-def _cell(value: float) -> str:
-    return "" if math.isnan(value) else f"{value + 0.0:.9g}"  # + 0.0: no -0
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value + 0.0:.9g}"  # + 0.0: no -0

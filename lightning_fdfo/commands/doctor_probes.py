@@ -18,13 +18,13 @@ from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.guards import memory
 from lightning_fdfo.guards.learning import nothing_learned
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.objective import direction, half_differences, velocity_objective
+from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
-from lightning_fdfo.rollout.scores import gather, judge
+from lightning_fdfo.rollout.scores import gather, weigh
 from lightning_fdfo.settings import Sampling
 
 
@@ -115,8 +115,8 @@ def _churn(module: FDFOModule, rollout: Rollout) -> Finding:
 
 def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """A reward that raises ends the examination with its own message."""
-    for name, scores in rollout.scores.items():
-        if bool(rollout.routes[name].isnan().all()):
+    for name, (scores, _, routed, _) in rollout.scores.items():
+        if not routed.any():
             yield Finding(True, f"{name}: not tried, the first prompt's rewards do not name it")
             continue
         low, high = as_reward(module.rewards.terms[name].reward).range
@@ -129,11 +129,9 @@ def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
 def _teaches(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """What `fit` would report of an epoch of this one pair; a tie is no fault yet, other pairs may differ."""
     endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
-    scored = gather(rollout, endpoint_difference, 1, lambda sums: sums)
-    if bool(scored.whole.all()):
-        judged = judge(scored, list(rollout.prompts), module.rewards, 0)
-        found = nothing_learned(judged, module.rewards, 0)
-        yield from (Finding(True, f"in this one pair: {text}") for _, text in found)
+    gathered = gather(rollout, endpoint_difference, 1, lambda sums: sums)
+    found = nothing_learned(weigh(gathered, list(rollout.prompts), module.rewards, 0), module.rewards, 0)
+    yield from (Finding(True, f"in this one pair: {text}") for _, text in found)
 
 
 def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
@@ -143,10 +141,10 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         num_pairs=1, updates_per_epoch=1, num_steps=num_steps, num_points_per_pair=None, batch_size=2 * num_steps,
         world_size=1,
     )  # fmt: skip
-    towards = direction(half_differences(rollout.trajectories.latents[:, -1]), module.objective.normalization)
+    endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
     (batch,) = deal_points(
         rollout,
-        towards,
+        normalize_difference(endpoint_difference, module.objective.normalization),
         torch.tensor([1.0, -1.0]),
         plan,
         seed=module.seed,

@@ -72,7 +72,7 @@ def score_folder(
             images = torch.stack([_read_image(files[i]) for i in indices]).to(chosen)
             scores = mix(images, texts, metadata)
             for place, index in enumerate(indices):
-                own = {name: score[place].item() for name, score in scores.items()}
+                own = {name: score.values[place].item() for name, score in scores.items()}
                 rows[index] = Row(files[index].name, texts[place], own)
             bar.update(len(indices))
     return [rows[index] for index in range(len(files))]

@@ -14,6 +14,7 @@ from lightning_fdfo.evaluation.embedders import Embedder
 from lightning_fdfo.evaluation.prompt_mean import Mean, PromptMean, prompt_mean
 from lightning_fdfo.evaluation.win_rate import WinRate, WinRates
 from lightning_fdfo.image_statistics import image_statistics
+from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.settings import Evaluation
 
 DIVERSITY = "diversity"
@@ -25,8 +26,8 @@ class Painted(NamedTuple):
 
     images: Tensor
     """[N, 3, H, W]"""
-    scores: dict[str, Tensor]
-    """name -> [N]; NaN where there is none"""
+    scores: dict[str, Scores]
+    """name -> scores of N images"""
 
 
 class Estimate(NamedTuple):
@@ -120,7 +121,9 @@ class Comparison:
 
 def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
     statistics = image_statistics(painted.images)
-    values = painted.scores | {f"image/{name}": value for name, value in statistics.items()}
+    # The functions below leave out what is not finite.
+    values = {name: torch.where(one.scored, one.values, torch.nan) for name, one in painted.scores.items()}
+    values |= {f"image/{name}": value for name, value in statistics.items()}
     return {name: value[counted] for name, value in values.items()}
 
 

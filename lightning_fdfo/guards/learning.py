@@ -15,10 +15,9 @@ from torch import Tensor
 
 from lightning_fdfo.checkpoints.replayed_scheduler import replayed
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.scores import EpochScores, Scored
+from lightning_fdfo.rollout.scores import EpochScores
 from lightning_fdfo.schedules import churn_schedule
 from lightning_fdfo.training.optimizer_settings import optimizer_groups
 from lightning_fdfo.training.optimizers import build_optimizer
@@ -104,40 +103,40 @@ def nothing_learned(scores: EpochScores, rewards: RewardMix, epoch: int) -> Iter
     Yields:
         A key, so that each thing is reported once (a reward's name; empty for the mixture), and a sentence.
     """
-    kept = scores.kept
     weighted = [name for name, term in rewards.terms.items() if term.weight_at(epoch)]
-    pairs = len(kept.distance) // 2
-    if not scores.of_kept(scores.difference).any():
-        why = "the two images of each pair are equal: raise sampling.churn" if not kept.distance.any() else None
+    if not scores.difference.any():
+        equal = not scores.distance[scores.kept_rows].any()
+        why = "the two images of each pair are equal: raise sampling.churn" if equal else None
         why = why or ("no reward has a weight" if not weighted else "no reward tells the images of a pair apart")
+        pairs = int(scores.kept.sum())
         yield "", f"none of the {pairs} pairs of epoch {epoch} has a difference, so that nothing trains in it: {why}"
     for name in weighted:
-        if sentence := _ties(name, kept, rewards):
+        if sentence := _ties(name, scores, rewards):
             yield name, sentence
 
 
-def _ties(name: str, kept: Scored, rewards: RewardMix) -> str | None:
+def _ties(name: str, epoch_scores: EpochScores, rewards: RewardMix) -> str | None:
     """A sentence about a term that teaches nothing, or little; None if it does."""
-    scored = ~half_differences(kept.scores[name]).isnan()
-    if not scored.any():
+    differences, compared = epoch_scores.differences[name]
+    if not compared.any():
         return f"reward {name}: no prompt of the epoch names it in its rewards, so that it teaches nothing"
-    passing = rewards.passes(name, kept.scores)
+    passing = rewards.passes(name, epoch_scores.scores)
     gate = rewards.terms[name].gate
-    if gate is not None and not (passing & scored).any():
-        others = kept.scores[gate.reward]
-        others = others[~others.isnan()]
+    if gate is not None and not (passing & compared).any():
+        other = epoch_scores.scores[gate.reward]
+        others = other.values[other.scored & epoch_scores.kept_rows]
         span = f"{others.min().item():.4g} to {others.max().item():.4g}" if len(others) else "none"
         return (
             f"reward {name}: its gate ({gate.reward} above {gate.above:g}, below {gate.below:g}) lets no pair pass, so "
             f"that it teaches nothing until it opens; {gate.reward} scored {span}"
         )
-    scores = kept.scores[name][scored]
-    ties = half_differences(scores) == 0
+    ties = differences[compared] == 0
     share = ties.double().mean().item()
     if share <= MANY_TIES:
         return None
-    told = f"{int(ties.sum()) // 2} of {len(ties) // 2} pairs score alike, and teach nothing"
-    return f"reward {name}: {told}: {_cause(scores, kept.distance[scored], ties)}"
+    found = f"{int(ties.sum()) // 2} of {len(ties) // 2} pairs score alike, and teach nothing"
+    cause = _cause(epoch_scores.scores[name].values[compared], epoch_scores.distance[compared], ties)
+    return f"reward {name}: {found}: {cause}"
 
 
 def _cause(scores: Tensor, distance: Tensor, ties: Tensor) -> str:

@@ -138,7 +138,7 @@ class RewardService:
         request, images = decode_request(body, self.description.limits)
         self._compare(request)
         (scores,) = self.mix(images, request.prompts, request.metadata).values()
-        return Scores(scores=scores.tolist())
+        return Scores(scores=scores.values.tolist())
 
     def _compare(self, request: Prompts) -> None:
         if request.fingerprint != self.description.fingerprint:

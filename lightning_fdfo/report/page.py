@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
-from scipy.stats import spearmanr
+from torchmetrics.functional.regression import spearman_corrcoef
 
 from lightning_fdfo.callbacks.curves import PANELS, History, plain_axes
 from lightning_fdfo.report.run_files import RunFiles
@@ -87,9 +88,11 @@ def correlations(pairs: list[dict[str, str]]) -> tuple[list[str], list[list[floa
         Names, and a row and a column for each; None where fewer than three pairs have both, or one never differs.
 
     Example:
-        >>> rows = [{"a/first": str(i), "a/second": "0", "b/first": str(-i), "b/second": "0"} for i in range(4)]
-        >>> correlations(rows)
-        (['a', 'b'], [[1.0, -1.0], [-1.0, 1.0]])
+        >>> scores = [(0, 0), (1, -2), (2, -1), (3, -3)]
+        >>> rows = [{"a/first": f"{a}", "a/second": "0", "b/first": f"{b}", "b/second": "0"} for a, b in scores]
+        >>> names, table = correlations(rows)
+        >>> names, [[round(value, 3) for value in row] for row in table]
+        (['a', 'b'], [[1.0, -0.8], [-0.8, 1.0]])
     """
     names = [name.removesuffix("/first") for name in (pairs[0] if pairs else {}) if name.endswith("/first")]
     differences = np.array(
@@ -103,7 +106,9 @@ def _correlation(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> floa
     one, other = one[both], other[both]
     if len(one) < 3 or not np.ptp(one) or not np.ptp(other):
         return None
-    return round(float(spearmanr(one, other).statistic), 6)
+    if np.array_equal(one, other):
+        return 1.0
+    return round(spearman_corrcoef(torch.from_numpy(one), torch.from_numpy(other)).item(), 6)
 
 
 def _float(cell: str | None) -> float:

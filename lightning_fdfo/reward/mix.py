@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward.base import Metadata
 from lightning_fdfo.reward.function import as_reward
+from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.running_std import RunningStd
-from lightning_fdfo.reward.scorer import RewardSet
+from lightning_fdfo.reward.scorer import RewardScorer
+from lightning_fdfo.reward.scores import HalfDifferences, Scores
 from lightning_fdfo.reward.term import parse_terms
 
 
@@ -51,7 +52,7 @@ class RewardMix:
     Example:
         >>> mix = RewardMix({"JPEGSize": 1.0, "again": {"reward": "JPEGSize", "weight": 0}})
         >>> scores = mix(torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
-        >>> sorted(scores), bool((mix.total(scores) == scores["JPEGSize"]).all())
+        >>> sorted(scores), bool((mix.total(scores).values == scores["JPEGSize"].values).all())
         (['JPEGSize', 'again'], True)
     """
 
@@ -59,7 +60,7 @@ class RewardMix:
         self.terms = parse_terms(terms)
         self.rewards = {name: as_reward(term.reward) for name, term in self.terms.items()}
         self.running = {name: RunningStd() for name, term in self.terms.items() if term.scale == "std"}
-        self._set = RewardSet(
+        self._scorer = RewardScorer(
             self.rewards,
             {name: term.device for name, term in self.terms.items()},
             {name: term.time_limit for name, term in self.terms.items()},
@@ -85,15 +86,15 @@ class RewardMix:
                     f"reward {name!r} counts for this prompt if {gate.reward!r} lets it, which is not to score it: "
                     f"name {gate.reward!r} in its rewards, with 0 if it is not to train"
                 )
-            self._set.check(name, prompt, metadata)
+            self._scorer.check(name, prompt, metadata)
 
     def fetch(self) -> None:
         """Fetches all weights into the cache."""
-        self._set.fetch()
+        self._scorer.fetch()
 
     def setup(self, device: torch.device) -> None:
         """Sets up each reward on its own device, or on `device`; raises RewardError if one cannot be."""
-        self._set.setup(device)
+        self._scorer.setup(device)
 
     # Scores
 
@@ -102,9 +103,10 @@ class RewardMix:
         images: Tensor,
         prompts: Sequence[str],
         metadata: Sequence[Metadata],
+        *,
+        routes: Mapping[str, Route] | None = None,
         drop: bool = False,
-        routes: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Scores]:
         """Scores a batch.
 
         Terms on the images' device run here, one after the other; the others meanwhile in a pool of threads, of which
@@ -114,35 +116,33 @@ class RewardMix:
             images: [N, 3, H, W], float32 in [0, 1].
             prompts: N strings.
             metadata: N mappings.
-            drop: whether a failure is told by a warning, and marked by NaN.
-            routes: name -> [N], see `routing.routes`; a term does not see the images of which its route is NaN. None
-                sends all to all.
+            routes: name -> which of the images a term sees, see `routing.routes`; None sends all to all.
+            drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:
-            name -> [N], float64, on the CPU: each reward's own scores, unweighted; NaN where it was not to score.
+            name -> each reward's own scores, unweighted, on the CPU.
 
         Raises:
             RewardError: a reward raised something, took longer than its time limit, or gave another shape, or something
                 else than finite real numbers. A failure is never a score. It names the prompt, and `row` says which it
                 is, if the image by itself fails too.
         """
-        rows: dict[str, Sequence[int]] = dict.fromkeys(self.terms, range(len(images)))
-        if routes is not None:
-            rows = {name: (~routes[name].isnan()).nonzero().flatten().tolist() for name in self.terms}
-        return self._set(images, prompts, metadata, drop, rows)
+        if routes is None:
+            routes = dict.fromkeys(self.terms, Route.everywhere(len(images)))
+        return self._scorer(images, prompts, metadata, routes, drop=drop)
 
     # The sum
 
-    def update_scales(self, epoch: int, scores: Mapping[str, Tensor]) -> None:
+    def update_scales(self, epoch: int, differences: Mapping[str, HalfDifferences]) -> None:
         """Adds an epoch's pairs to the running deviations.
 
         Args:
             epoch: the current one.
-            scores: name -> [2P], of all devices; pairs with NaN were not scored, and do not count.
+            differences: name -> half differences of its scores, of all devices.
         """
         for name, running in self.running.items():
-            differences = score_differences(scores[name])
-            running.update(epoch, differences[differences.isfinite()])
+            values, compared = differences[name]
+            running.update(epoch, values[compared])
 
     @property
     def scales_known(self) -> bool:
@@ -162,72 +162,71 @@ class RewardMix:
     def _sign(self, name: str) -> float:
         return 1.0 if self.rewards[name].higher_is_better else -1.0
 
-    def total(self, scores: Mapping[str, Tensor], routes: Mapping[str, Tensor] | None = None, epoch: int = 0) -> Tensor:
-        """The weighted sum of scores, [N]; clip and gate are matters of pairs, and have no part in it.
+    def total(self, scores: Mapping[str, Scores], epoch: int = 0) -> Scores:
+        """The weighted sum of scores, float32; clip and gate are matters of pairs, and have no part in it.
+
+        An image has a total unless a term has failed on it.
 
         Args:
-            scores: name -> [N].
-            routes: name -> [N]; None counts each term with 1.
+            scores: name -> scores of N images.
             epoch: whose weights.
 
         Raises:
             ValueError: a scale is not known yet.
         """
-        parts = [self._weighed(name, scores[name].float(), routes, epoch) for name in self.terms]
-        return torch.stack(parts).sum(dim=0)
+        weighted = [self._weigh(name, one.values.float(), one.scored, one, epoch) for name, one in scores.items()]
+        failed = torch.stack([one.failed for one in scores.values()]).any(dim=0)
+        total = torch.where(failed, 0.0, torch.stack(weighted).sum(dim=0))
+        return Scores.of(total)._replace(scored=~failed)
 
-    def differences(
-        self, scores: Mapping[str, Tensor], routes: Mapping[str, Tensor] | None = None, epoch: int = 0
+    def contributions(
+        self, scores: Mapping[str, Scores], differences: Mapping[str, HalfDifferences], epoch: int = 0
     ) -> dict[str, Tensor]:
         """What each term adds to the half differences of the total, as the formula above has it.
 
         Args:
-            scores: name -> [2P].
-            routes: name -> [2P]; None counts each term with 1.
+            scores: name -> scores of 2P images.
+            differences: name -> half differences of its scores, see `scores.compare`.
             epoch: whose weights.
 
         Returns:
-            name -> [2P]; their sum is what trains. The rows of a pair are opposite.
+            name -> [2P], 0 where the pair is not compared; their sum is what trains. The rows of a pair are opposite.
 
         Raises:
             ValueError: a scale is not known yet.
         """
-        parts = {}
-        for name in self.terms:
-            part = self._weighed(name, score_differences(scores[name]), routes, epoch, self.terms[name].clip)
-            parts[name] = torch.where(self.passes(name, scores), part, 0.0)
-        return parts
+        added = {}
+        for name, term in self.terms.items():
+            values, compared = differences[name]
+            weighted = self._weigh(name, values, compared, scores[name], epoch, term.clip)
+            added[name] = torch.where(self.passes(name, scores), weighted, 0.0)
+        return added
 
-    def _weighed(
-        self,
-        name: str,
-        values: Tensor,
-        routes: Mapping[str, Tensor] | None,
-        epoch: int,
-        clip: float | None = None,
+    def _weigh(
+        self, name: str, values: Tensor, counted: Tensor, scores: Scores, epoch: int, clip: float | None = None
     ) -> Tensor:
-        """A term's scores or half differences, scaled, clipped, weighed and routed; 0 where it is not to score."""
-        route = torch.ones(len(values)) if routes is None else routes[name]
-        if bool(route.isnan().all()):
+        """A term's scores or half differences, scaled, clipped, weighted and routed; 0 where they are not counted."""
+        if not bool(counted.any()):
             return torch.zeros(len(values))  # of a term that has never scored, nobody knows the scale
-        weighed = self.factor(name, epoch) * values
+        weighted = self.factor(name, epoch) * values
         if clip is not None:
             bound = abs(self.terms[name].weight_at(epoch)) * clip
-            weighed = weighed.clamp(-bound, bound)
-        return torch.where(route.isnan(), 0.0, weighed * route)
+            weighted = weighted.clamp(-bound, bound)
+        return torch.where(counted, weighted * scores.multiplier, 0.0)
 
-    def passes(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+    def passes(self, name: str, scores: Mapping[str, Scores]) -> Tensor:
         """Whether both branches of a pair pass a term's gate: [2P], bool, the same for both."""
         gate = self.terms[name].gate
         if gate is None:
-            return torch.ones(len(scores[name]), dtype=torch.bool)
-        score = scores[gate.reward].float()  # as the bounds: a float32 of 0.8 is not above 0.8
-        passing = (score > gate.above) & (score < gate.below)
+            return torch.ones(len(scores[name].values), dtype=torch.bool)
+        other = scores[gate.reward]
+        score = other.values.float()  # as the bounds: a float32 of 0.8 is not above 0.8
+        passing = other.scored & (score > gate.above) & (score < gate.below)
         return passing.view(-1, 2).all(dim=1).repeat_interleave(2)
 
-    def preference(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
-        """How much better a term finds a branch than its partner, in the reward's own units: [2P]; NaN: not scored."""
-        return self._sign(name) * score_differences(scores[name])
+    def preference(self, name: str, differences: Mapping[str, HalfDifferences]) -> Tensor:
+        """How much better a term finds a branch than its partner, in the reward's own units: [2P]; 0: not compared."""
+        return self._sign(name) * differences[name].values
 
     # State: the running deviations
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,21 +61,39 @@ def is_for(name: str, metadata: Metadata) -> bool:
     return ROUTE not in metadata or name in metadata[ROUTE]
 
 
-def routes(names: Iterable[str], metadata: Sequence[Metadata]) -> dict[str, Tensor]:
-    """How much each term's weight counts for some prompts.
+class Route(NamedTuple):
+    """Which of N images a term scores, and how much it counts for each."""
+
+    routed: Tensor
+    """[N], bool"""
+    multiplier: Tensor
+    """[N], float32: by which the term's weight is multiplied; 0 where it is not routed"""
+
+    @staticmethod
+    def everywhere(count: int) -> Route:
+        """All of `count` images, with 1."""
+        return Route(torch.ones(count, dtype=torch.bool), torch.ones(count))
+
+
+def routes(names: Iterable[str], metadata: Sequence[Metadata]) -> dict[str, Route]:
+    """Which of a mixture's terms score the images of some prompts.
 
     Args:
         names: of the terms.
         metadata: of N prompts.
 
     Returns:
-        name -> [N], float32; NaN where the term does not score the prompt's images.
+        name -> Route of N images.
 
     Example:
-        >>> routes(["OCR", "small"], [{}, {"rewards": {"OCR": 2}}])
-        {'OCR': tensor([1., 2.]), 'small': tensor([1., nan])}
+        >>> found = routes(["OCR", "small"], [{}, {"rewards": {"OCR": 2}}])
+        >>> found["OCR"].multiplier, found["small"].routed
+        (tensor([1., 2.]), tensor([ True, False]))
     """
     return {
-        name: torch.tensor([row[ROUTE].get(name, math.nan) if ROUTE in row else 1.0 for row in metadata]).float()
+        name: Route(
+            torch.tensor([is_for(name, row) for row in metadata], dtype=torch.bool),
+            torch.tensor([row[ROUTE].get(name, 0.0) if ROUTE in row else 1.0 for row in metadata]).float(),
+        )
         for name in names
     }

@@ -18,6 +18,8 @@ from lightning_fdfo.files import is_first_process
 from lightning_fdfo.reward.base import Metadata, Reward
 from lightning_fdfo.reward.call import check_device, check_prompt, guarded, overdue, score_images
 from lightning_fdfo.reward.origin import describe
+from lightning_fdfo.reward.routing import Route
+from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.reward.waiting import OverdueError, TimeLimit, start
 
 MAX_FAILURES = 3
@@ -28,8 +30,8 @@ class _OverdueRewardError(RewardError):
     """A reward did not end in time; it may still be running."""
 
 
-class RewardSet:
-    """Rewards by name.
+class RewardScorer:
+    """Scores images by several rewards.
 
     Args:
         rewards: name -> reward.
@@ -90,22 +92,23 @@ class RewardSet:
         images: Tensor,
         prompts: Sequence[str],
         metadata: Sequence[Metadata],
+        routes: Mapping[str, Route],
+        *,
         drop: bool,
-        rows: Mapping[str, Sequence[int]],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Scores]:
         """Scores a batch; see `RewardMix.__call__`.
 
         Args:
             images: [N, 3, H, W].
             prompts: N strings.
             metadata: N mappings.
-            drop: whether a failure is told by a warning, and marked by NaN.
-            rows: name -> those that it scores; the others are NaN.
+            routes: name -> which of the images it scores.
+            drop: whether a failure is reported by a warning, and leaves the image without a score.
         """
         here, elsewhere = self._by_thread(images.device)
 
-        def score(names: Sequence[str]) -> dict[str, Tensor]:
-            return {name: self._score_rows(name, images, prompts, metadata, drop, rows[name]) for name in names}
+        def score(names: Sequence[str]) -> dict[str, Scores]:
+            return {name: self._score_routed(name, images, prompts, metadata, routes[name], drop) for name in names}
 
         if not elsewhere:
             return score(here)
@@ -132,50 +135,50 @@ class RewardSet:
                 elsewhere.setdefault(name if own.type == "cpu" else own, []).append(name)
         return here, list(elsewhere.values())
 
-    def _score_rows(
+    def _score_routed(
         self,
         name: str,
         images: Tensor,
         prompts: Sequence[str],
         metadata: Sequence[Metadata],
+        route: Route,
         drop: bool,
-        rows: Sequence[int],
-    ) -> Tensor:
-        """One reward's scores of some rows of the batch; NaN for the others."""
-        if len(rows) == len(images):
-            return self._score(name, images, prompts, metadata, drop)
-        scores = _no_scores(len(images))
+    ) -> Scores:
+        """One reward's scores of the images that are routed to it."""
+        values, scored = torch.zeros(len(images), dtype=torch.float64), torch.zeros(len(images), dtype=torch.bool)
+        rows = route.routed.nonzero().flatten().tolist()
         if rows:
-            chosen = list(rows)
+            own = images if len(rows) == len(images) else images[rows]
             try:
-                scores[chosen] = self._score(
-                    name, images[chosen], [prompts[row] for row in rows], [metadata[row] for row in rows], drop
+                values[rows], scored[rows] = self._score(
+                    name, own, [prompts[row] for row in rows], [metadata[row] for row in rows], drop
                 )
             except RewardError as error:
                 error.row = None if error.row is None else rows[error.row]
                 raise
-        return scores
+        return Scores(values, scored, *route)
 
     def _score(
         self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], drop: bool
-    ) -> Tensor:
-        """One reward's scores; those of a batch that fails one by one, to know which image it is."""
+    ) -> tuple[Tensor, Tensor]:
+        """One reward's scores, and which there are; a batch that fails goes one by one, to know which image it is."""
+        count = len(images)
         try:
-            return self._score_batch(name, images, prompts, metadata)
+            return self._score_batch(name, images, prompts, metadata), torch.ones(count, dtype=torch.bool)
         except _OverdueRewardError as error:  # it may still be running: it is not asked again for each image
             if not drop:
                 raise
-            warnings.warn(f"dropped, with their pairs: {len(images)} images: {error}", stacklevel=2)
-            return _no_scores(len(images))
+            warnings.warn(f"dropped, with their pairs: {count} images: {error}", stacklevel=2)
+            return torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
         except RewardError as error:
             failed = error
-        scores, failures = [], 0
+        values, scored, failures = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool), 0
         for row, (prompt, facts) in enumerate(zip(prompts, metadata, strict=True)):
             try:
                 if failures == MAX_FAILURES:
                     raise failed
-                scores.append(self._score_batch(name, images[row : row + 1], [prompt], [facts]))
-                failures = 0
+                values[row] = self._score_batch(name, images[row : row + 1], [prompt], [facts])[0]
+                scored[row], failures = True, 0
             except RewardError as error:
                 failures += failures < MAX_FAILURES
                 if not drop:
@@ -183,10 +186,9 @@ class RewardSet:
                     located.row = row
                     raise located from error
                 warnings.warn(f"dropped, with its pair: prompt {prompt!r}: {error}", stacklevel=2)
-                scores.append(_no_scores(1))
         if not drop:
             raise failed
-        return torch.cat(scores)
+        return values, scored
 
     def _score_batch(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """One reward's scores, within its time limit."""
@@ -199,7 +201,3 @@ class RewardSet:
             return limit(call)
         except OverdueError as error:
             raise _OverdueRewardError(*overdue(name, reward, len(images), limit.seconds, str(error)).args) from error
-
-
-def _no_scores(count: int) -> Tensor:
-    return torch.full((count,), torch.nan, dtype=torch.float64)

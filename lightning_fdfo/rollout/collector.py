@@ -17,16 +17,17 @@ from lightning_fdfo.errors import RewardError
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.generate import encode_prompts
-from lightning_fdfo.objective import Normalization, direction, half_differences
+from lightning_fdfo.objective import Normalization, half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.scores import kept_pairs
 from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
-from lightning_fdfo.rollout.scores import EpochScores, gather, judge, own_rows
+from lightning_fdfo.rollout.scores import EpochScores, gather, own_rows, weigh
 from lightning_fdfo.settings import FailurePolicy, Sampling
 
 
@@ -92,7 +93,7 @@ class RolloutCollector:
         rollout = self.collect(epoch)
         endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
         reward_difference = self.score(rollout, endpoint_difference, epoch)
-        directions = direction(endpoint_difference, self.normalization)
+        directions = normalize_difference(endpoint_difference, self.normalization)
         del endpoint_difference
         self.end = time.perf_counter()
         yield from deal_points(rollout, directions, reward_difference, self.plan, seed=self.seed, epoch=epoch)
@@ -154,8 +155,8 @@ class RolloutCollector:
             RewardError: more pairs were dropped than `failures.max_dropped` allows.
         """
         num_pairs = self.plan.num_pairs
-        scored = gather(rollout, endpoint_difference, num_pairs, self.devices.all_sum)
-        kept = int(scored.whole.sum())
+        gathered = gather(rollout, endpoint_difference, num_pairs, self.devices.all_sum)
+        kept = int(kept_pairs(gathered.scores).sum())
         dropped = 1 - kept / num_pairs
         if dropped > self.failures.max_dropped:
             raise RewardError(
@@ -163,7 +164,7 @@ class RolloutCollector:
                 f"{self.failures.max_dropped:.0%}; the warnings above name them"
             )
         prompts = [prompt.text for prompt in self.prompts_of(epoch, range(num_pairs))]
-        self.scores = judge(scored, prompts, self.rewards, epoch)
+        self.scores = weigh(gathered, prompts, self.rewards, epoch)
         self.metrics = rollout_metrics(self.scores, self.rewards, epoch)
         self.metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
         if self.failures.drops_pairs:

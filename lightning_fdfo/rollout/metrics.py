@@ -8,7 +8,6 @@ from itertools import combinations
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from lightning_fdfo.objective import score_differences
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.scores import EpochScores
 
@@ -49,24 +48,26 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
         rewards: the mixture that made it.
         epoch: the current one.
     """
-    kept = scores.kept
-    total, difference = rewards.total(kept.scores, kept.routes, epoch), scores.of_kept(scores.difference)
-    metrics = {"rollout/pair_distance": (kept.distance.sum().item() / len(kept.distance)) ** 0.5}
-    metrics |= {f"image/{name}": values.double().mean().item() for name, values in kept.statistics.items()}
+    rows = scores.kept_rows
+    total = rewards.total({name: one.select(rows) for name, one in scores.scores.items()}, epoch).values
+    difference, distance = scores.difference[rows], scores.distance[rows]
+    metrics = {"rollout/pair_distance": (distance.sum().item() / len(distance)) ** 0.5}
+    metrics |= {f"image/{name}": values[rows].double().mean().item() for name, values in scores.statistics.items()}
     metrics |= dict(_of_one("reward", total, difference))
     size = difference.double().abs().sum()
-    for name, score in kept.scores.items():
-        scored = ~score_differences(score).isnan()
-        if not scored.any():
+    for name, (values, compared) in scores.differences.items():
+        if not compared.any():
             continue
-        metrics |= dict(_of_one(f"reward/{name}", score[scored], score_differences(score[scored])))
+        metrics |= dict(_of_one(f"reward/{name}", scores.scores[name].values[compared], values[compared]))
         if rewards.terms[name].weight_at(epoch) and size:
-            part = scores.of_kept(scores.parts[name])
-            metrics[f"reward/{name}/share"] = ((difference.sign() * part).sum().double() / size).item()
+            added = scores.contributions[name][rows]
+            metrics[f"reward/{name}/share"] = ((difference.sign() * added).sum().double() / size).item()
         if rewards.terms[name].gate is not None:
-            metrics[f"reward/{name}/gated"] = rewards.passes(name, kept.scores)[scored].double().mean().item()
-    for first, second in combinations(kept.scores, 2):
-        metrics |= dict(_of_two(first, second, *(rewards.preference(name, kept.scores) for name in (first, second))))
+            metrics[f"reward/{name}/gated"] = rewards.passes(name, scores.scores)[compared].double().mean().item()
+    for first, second in combinations(scores.differences, 2):
+        both = scores.differences[first].compared & scores.differences[second].compared
+        ours, theirs = (rewards.preference(name, scores.differences)[both] for name in (first, second))
+        metrics |= dict(_of_two(first, second, ours, theirs))
     return metrics
 
 
@@ -81,9 +82,7 @@ def _of_one(name: str, score: Tensor, difference: Tensor) -> Iterator[Metric]:
 
 
 def _of_two(first: str, second: str, ours: Tensor, theirs: Tensor) -> Iterator[Metric]:
-    """Half differences, [2P], positive where a term prefers the row; NaN where it has not scored."""
-    both = ~(ours.isnan() | theirs.isnan())
-    ours, theirs = ours[both], theirs[both]
+    """Half differences of pairs that both terms have scored, positive where a term prefers the row."""
     votes = ours.sign() * theirs.sign()
     if votes.any():
         yield f"reward/{first}/agrees_with/{second}", int((votes > 0).sum()) / int((votes != 0).sum())

@@ -1,6 +1,6 @@
-"""Rollouts: sample pairs and score them; and, for validation, paint prompts without churn.
+"""Pairs of an epoch: sampled from noise, decoded to images, and scored.
 
-    prompts --encode--> conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> Rollout
+    conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> scores
 
 Legend: P pairs on this device, 2P branches, T steps, `...` a latent's own axes.
 Everything at rest lies on the CPU in float32. Nothing here keeps state between epochs.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lightning_fdfo.errors import RewardError
 from lightning_fdfo.flows.base import FlowModel
@@ -24,6 +24,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
+from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.sampling import Trajectories, sample_pairs
 from lightning_fdfo.schedules import churn_schedule
 from lightning_fdfo.settings import Sampling
@@ -42,31 +43,28 @@ class Rollout(NamedTuple):
     """latents [2P, T+1, ...] and velocities [2P, T, ...]"""
     conditioning: Conditioning
     """P rows"""
-    scores: dict[str, Tensor]
-    """name of a reward -> [2P], float64, unweighted; NaN where it was not to score, or failed"""
-    routes: dict[str, Tensor]
-    """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
+    scores: dict[str, Scores]
+    """name of a reward -> its scores of 2P images"""
     statistics: dict[str, Tensor]
     """name of an image statistic -> [2P]"""
     seconds: float
     """time that it took"""
 
     @staticmethod
-    def cat(parts: Sequence[Rollout]) -> Rollout:
+    def cat(chunks: Sequence[Rollout]) -> Rollout:
         """Joins the chunks of an epoch."""
         return Rollout(
-            [pair for part in parts for pair in part.pairs],
-            [text for part in parts for text in part.prompts],
-            parts[0].sigmas,
+            [pair for chunk in chunks for pair in chunk.pairs],
+            [text for chunk in chunks for text in chunk.prompts],
+            chunks[0].sigmas,
             Trajectories(
-                torch.cat([part.trajectories.latents for part in parts]),
-                torch.cat([part.trajectories.velocities for part in parts]),
+                torch.cat([chunk.trajectories.latents for chunk in chunks]),
+                torch.cat([chunk.trajectories.velocities for chunk in chunks]),
             ),
-            Conditioning.cat([part.conditioning for part in parts]),
-            {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
-            {name: torch.cat([part.routes[name] for part in parts]) for name in parts[0].routes},
-            {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics},
-            sum(part.seconds for part in parts),
+            Conditioning.cat([chunk.conditioning for chunk in chunks]),
+            {name: Scores.cat([chunk.scores[name] for chunk in chunks]) for name in chunks[0].scores},
+            {name: torch.cat([chunk.statistics[name] for chunk in chunks]) for name in chunks[0].statistics},
+            sum(chunk.seconds for chunk in chunks),
         )
 
 
@@ -96,7 +94,7 @@ def roll_out(
         epoch: the current one.
         sampling: settings.
         device: where the model is.
-        drop: whether a reward's failure is marked by NaN.
+        drop: whether a reward's failure leaves an image without a score, with a warning.
 
     Returns:
         A Rollout, on the CPU.
@@ -106,41 +104,66 @@ def roll_out(
         DivergenceError: latents or images are not finite; it names pair, prompt and step.
     """
     start = time.perf_counter()
+    per_branch = conditioning.to(device)[[row for row in range(len(pairs)) for _ in range(2)]]
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
-    shape = flow.latent_shape(sampling.height, sampling.width)
-    conditioning = conditioning.to(device)
-    per_branch = conditioning[[row for row in range(len(pairs)) for _ in range(2)]]
-    sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
-
-    velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, per_branch, sampling.guidance_scale))
-    latents = stack_normal(generators, *shape).to(device)
-    trajectories = sample_pairs(
-        velocity,
-        latents,
-        sigmas,
-        churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
-        lambda k: stack_normal(generators, 2, *shape).flatten(0, 1).to(device),
-    )
-    images = flow.decode(trajectories.latents[:, -1])
-    twice = [prompt for prompt in prompts for _ in range(2)]
-    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
-    names = [f"epoch {epoch}, pair {pairs[row // 2]}, prompt {text!r}" for row, text in enumerate(texts)]
-    velocity.check(trajectories.latents[:, -1], images, names, per_branch)
-    to = routes(rewards.terms, metadata)
-    try:
-        scores = rewards(images, texts, metadata, drop, to)
-    except RewardError as error:
-        which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
-        raise RewardError(f"{which} of epoch {epoch}: {error}") from error
-    at_rest = Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu())
+    names = [f"epoch {epoch}, pair {pair}, prompt {p.text!r}" for pair, p in zip(pairs, prompts, strict=True)]
+    trajectories, images = _sample(flow, per_branch, generators, sampling, device, names)
+    scores = _score(rewards, images, prompts, pairs, epoch, drop)
     return Rollout(
         pairs,
         [prompt.text for prompt in prompts],
-        sigmas,
-        at_rest,
+        flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
+        Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu()),
         conditioning.to("cpu"),
         scores,
-        to,
         {name: value.cpu() for name, value in image_statistics(images).items()},
         time.perf_counter() - start,
     )
+
+
+def _sample(
+    flow: FlowModel,
+    conditioning: Conditioning,
+    generators: list[Generator],
+    sampling: Sampling,
+    device: torch.device,
+    names: Sequence[str],
+) -> tuple[Trajectories, Tensor]:
+    """Both branches' trajectories and images, [2P, 3, H, W].
+
+    A pair's generator gives its initial latents first, then the fresh noise of both branches at each step.
+
+    Args:
+        flow: the model.
+        conditioning: 2P rows, on `device`.
+        generators: P, one a pair.
+        sampling: settings.
+        device: where the model is.
+        names: P, what an error calls the pairs.
+    """
+    shape = flow.latent_shape(sampling.height, sampling.width)
+    velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale))
+    trajectories = sample_pairs(
+        velocity,
+        stack_normal(generators, *shape).to(device),
+        flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
+        churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
+        lambda k: stack_normal(generators, 2, *shape).flatten(0, 1).to(device),
+    )
+    ends = trajectories.latents[:, -1]
+    images = flow.decode(ends)
+    velocity.check(ends, images, [name for name in names for _ in range(2)], conditioning)
+    return trajectories, images
+
+
+def _score(
+    rewards: RewardMix, images: Tensor, prompts: Sequence[Prompt], pairs: Sequence[int], epoch: int, drop: bool
+) -> dict[str, Scores]:
+    """Scores of both branches' images; a failure names the pair."""
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    try:
+        return rewards(images, texts, metadata, routes=routes(rewards.terms, metadata), drop=drop)
+    except RewardError as error:
+        which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
+        raise RewardError(f"{which} of epoch {epoch}: {error}") from error

@@ -1,6 +1,6 @@
-"""What a mixture makes of an epoch's pairs: the numbers of all devices, gathered, then weighed.
+"""What a mixture makes of an epoch's pairs: the scores of all devices, gathered, then weighed.
 
-    scores of this device --gather--> Scored --judge--> EpochScores: what each term adds to each pair's difference
+    scores of this device --gather--> GatheredScores --weigh--> EpochScores: what each term adds to a pair's difference
 
 A pair's trajectories stay on the device that made them; a few numbers a pair and term do not.
 
@@ -16,59 +16,48 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.scores import HalfDifferences, Scores, compare, kept_pairs
 from lightning_fdfo.rollout.pairs import Rollout
 
 
-class Scored(NamedTuple):
+class GatheredScores(NamedTuple):
     """An epoch's scores, of all devices."""
 
-    scores: dict[str, Tensor]
-    """name of a reward -> [2P], float64, unweighted; NaN where it was not to score, or failed"""
-    routes: dict[str, Tensor]
-    """name of a reward -> [2P], how much it counts for the prompt; NaN where it was not to score"""
+    scores: dict[str, Scores]
+    """name of a reward -> its scores of 2P images"""
     statistics: dict[str, Tensor]
     """name of an image statistic -> [2P]"""
     distance: Tensor
     """[2P]: mean square of the half difference of the final latents"""
 
-    @property
-    def whole(self) -> Tensor:
-        """[P], bool: pairs of which no reward that was to score a branch has failed."""
-        failed = [self.scores[name].isnan() & ~self.routes[name].isnan() for name in self.scores]
-        return ~torch.stack(failed).any(dim=0).view(-1, 2).any(dim=1)
-
-    def select(self, rows: Tensor) -> Scored:
-        """Some rows; `rows` is [2P], bool."""
-        return Scored(
-            {name: score[rows] for name, score in self.scores.items()},
-            {name: route[rows] for name, route in self.routes.items()},
-            {name: value[rows] for name, value in self.statistics.items()},
-            self.distance[rows],
-        )
-
 
 class EpochScores(NamedTuple):
-    """An epoch's scores, and what follows from them."""
+    """An epoch's scores, of all devices, and what follows from them.
+
+    A pair is dropped if a reward that was to score it has failed: it does not train, and is in no number.
+    """
 
     prompts: list[str]
     """P texts"""
-    scored: Scored
-    """of all pairs"""
-    whole: Tensor
+    scores: dict[str, Scores]
+    """name of a reward -> its scores of 2P images, dropped ones too"""
+    statistics: dict[str, Tensor]
+    """name of an image statistic -> [2P]"""
+    distance: Tensor
+    """[2P]: mean square of the half difference of the final latents"""
+    kept: Tensor
     """[P], bool: pairs that are trained on; the others were dropped"""
-    parts: dict[str, Tensor]
+    differences: dict[str, HalfDifferences]
+    """name of a reward -> half differences of its scores, in its own units"""
+    contributions: dict[str, Tensor]
     """name of a reward -> [2P], what it adds to the half difference of the total; 0 in dropped pairs"""
     difference: Tensor
-    """[2P], half differences of the total: the sum of the parts"""
+    """[2P], half differences of the total, which train: the sum of the contributions"""
 
     @property
-    def kept(self) -> Scored:
-        """Scores of the pairs that are trained on."""
-        return self.scored.select(self.whole.repeat_interleave(2))
-
-    def of_kept(self, values: Tensor) -> Tensor:
-        """Rows of [2P] values that are trained on."""
-        return values[self.whole.repeat_interleave(2)]
+    def kept_rows(self) -> Tensor:
+        """[2P], bool: branches of pairs that are trained on."""
+        return self.kept.repeat_interleave(2)
 
 
 def own_rows(pairs: Sequence[int]) -> Tensor:
@@ -83,7 +72,7 @@ def own_rows(pairs: Sequence[int]) -> Tensor:
 
 def gather(
     rollout: Rollout, endpoint_difference: Tensor, num_pairs: int, all_sum: Callable[[Tensor], Tensor]
-) -> Scored:
+) -> GatheredScores:
     """The scores of all devices, on each.
 
     Args:
@@ -93,32 +82,31 @@ def gather(
         all_sum: sums a tensor of whole numbers over devices; the identity on one.
     """
     distance = endpoint_difference.flatten(1).pow(2).mean(dim=1)
-    parts = (rollout.scores, rollout.routes, rollout.statistics)
-    own = torch.stack([*(column.double() for part in parts for column in part.values()), distance.double()])
+    columns = [*(column for one in rollout.scores.values() for column in one), *rollout.statistics.values(), distance]
+    own = torch.stack([column.double() for column in columns])
     everywhere = torch.zeros(len(own), 2 * num_pairs, dtype=torch.float64)
     everywhere[:, own_rows(rollout.pairs)] += own  # each row is one device's, to which the others add 0
     # As whole numbers, their bits cross devices that have no float64, and a sum with 0 keeps each of them.
-    columns = iter(all_sum(everywhere.view(torch.int64)).view(torch.float64))
-    scores = {name: next(columns) for name in rollout.scores}
-    to, statistics = ({name: next(columns).float() for name in part} for part in parts[1:])
-    return Scored(scores, to, statistics, next(columns).float())
+    summed = all_sum(everywhere.view(torch.int64)).view(torch.float64)
+    gathered = iter([values.to(column.dtype) for values, column in zip(summed, columns, strict=True)])
+    return GatheredScores(
+        {name: Scores(*(next(gathered) for _ in Scores._fields)) for name in rollout.scores},
+        {name: next(gathered) for name in rollout.statistics},
+        next(gathered),
+    )
 
 
-def judge(scored: Scored, prompts: list[str], rewards: RewardMix, epoch: int) -> EpochScores:
-    """Brings the scales up to date and weighs; each device must call it alike.
+def weigh(gathered: GatheredScores, prompts: list[str], rewards: RewardMix, epoch: int) -> EpochScores:
+    """Brings the mixture's scales up to date, and weighs; each device must call it alike.
 
     Args:
-        scored: of all pairs; one is whole at least.
+        gathered: of all pairs; one is kept at least.
         prompts: P texts.
         rewards: the mixture.
         epoch: the current one.
     """
-    whole = scored.whole
-    rows = whole.repeat_interleave(2)
-    kept = scored.select(rows)
-    rewards.update_scales(epoch, kept.scores)
-    parts = {}
-    for name, part in rewards.differences(kept.scores, kept.routes, epoch).items():
-        parts[name] = torch.zeros(len(rows))
-        parts[name][rows] = part
-    return EpochScores(prompts, scored, whole, parts, torch.stack(list(parts.values())).sum(dim=0))
+    differences = compare(gathered.scores)
+    rewards.update_scales(epoch, differences)
+    contributions = rewards.contributions(gathered.scores, differences, epoch)
+    total = torch.stack(list(contributions.values())).sum(dim=0)
+    return EpochScores(prompts, *gathered, kept_pairs(gathered.scores), differences, contributions, total)

@@ -102,7 +102,7 @@ def test_the_table_holds_every_digit_of_the_scores(run, tmp_path):
     module = run(1, "run")
     rows = read(tmp_path / "run/pairs/epoch=000.csv")
     written = torch.tensor([number(row[f"light/{branch}"]) for row in rows for branch in ("first", "second")])
-    assert torch.equal(written, module.collector.scores.scored.scores["light"])
+    assert torch.equal(written, module.collector.scores.scores["light"].values)
 
 
 @pytest.mark.filterwarnings("ignore:dropped, with its pair")

@@ -12,7 +12,7 @@ from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_files import add_lora, save_lora
-from lightning_fdfo.objective import direction, half_differences, velocity_objective
+from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.sampling import sample, sample_pairs
 from tests import golden_case
 
@@ -72,9 +72,9 @@ def test_golden_differences_and_objective(golden):
     loss, ratio = velocity_objective(
         velocity,
         tensors["objective_old_velocity"],
-        direction(endpoint_difference),
+        normalize_difference(endpoint_difference),
         reward_difference,
-        golden.settings["clip_range"],
+        clip_range=golden.settings["clip_range"],
     )
     assert_close(ratio, tensors["objective_ratio"], 1e-5)
     assert_close(loss, tensors["objective_per_sample"], 1e-5)
@@ -103,9 +103,9 @@ def test_golden_optimiser_step(golden):
     loss, _ = velocity_objective(
         velocity,
         tensors["velocities"][rows, steps],
-        direction(half_differences(tensors["latents"][:, -1]))[rows],
+        normalize_difference(half_differences(tensors["latents"][:, -1]))[rows],
         half_differences(tensors["rewards"])[rows],
-        settings["clip_range"],
+        clip_range=settings["clip_range"],
     )
     loss.mean().backward()
     trained = {n: p for n, p in flow.transformer.named_parameters() if p.requires_grad}

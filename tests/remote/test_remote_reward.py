@@ -71,14 +71,14 @@ def score(reward, rows=slice(None)):
 @pytest.mark.parametrize("encoding", ["safetensors", "png"])
 @pytest.mark.parametrize("name", ["JPEGSize", "OCR"])
 def test_the_score_is_that_in_process_to_the_bit(name, encoding, serve):
-    expected = RewardMix({name: 1.0})(IMAGES, PROMPTS, TEXTS)[name]
+    expected = RewardMix({name: 1.0})(IMAGES, PROMPTS, TEXTS)[name].values
     away = remote(serve(name), encoding=encoding)
     away.fetch()
     assert torch.equal(score(away), expected)
     mix = RewardMix({"away": RewardTerm(away), "here": RewardTerm(load_reward(name))})
     scores = mix(IMAGES, PROMPTS, TEXTS)
-    assert torch.equal(scores["away"], expected)
-    assert torch.equal(scores["here"], expected)
+    assert torch.equal(scores["away"].values, expected)
+    assert torch.equal(scores["here"].values, expected)
 
 
 def test_floats_round_trip_to_the_bit(serve):
@@ -102,7 +102,7 @@ def test_range_sign_and_metadata_are_the_servers(serve):
     assert away.required_metadata == ("text",)
     mix = RewardMix({"away": RewardTerm(away), "here": RewardTerm(Darkness())})
     scores = mix(IMAGES, PROMPTS, TEXTS)
-    assert torch.equal(mix.total(scores), -2 * scores["here"])
+    assert torch.equal(mix.total(scores).values, -2 * scores["here"].values)
     with pytest.raises(ConfigurationError, match=r"needs metadata \['text'\]"):
         mix.check("a cat", {})
 

@@ -17,6 +17,7 @@ from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences, score_differences
 from lightning_fdfo.reward import load_reward
 from lightning_fdfo.reward import waiting as reward_waiting
+from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.scores import gather
@@ -60,7 +61,7 @@ def test_what_a_reward_writes_into_changes_nothing_for_others(routed):
     last = Recorder()
     mix = RewardMix({"first": RewardTerm(Vandal()), "last": RewardTerm(last)})
     images, prompts, metadata = IMAGES.clone(), list(PROMPTS), copy.deepcopy(METADATA)
-    routes = {name: torch.tensor([1.0, 1.0, 1.0, torch.nan if routed else 1.0]) for name in mix.terms}
+    routes = {name: Route(torch.tensor([True, True, True, not routed]), torch.ones(4)) for name in mix.terms}
     mix.check("a", metadata[0])
     scores = mix(images, prompts, metadata, routes=routes)
     count = 3 if routed else 4
@@ -68,7 +69,7 @@ def test_what_a_reward_writes_into_changes_nothing_for_others(routed):
     assert last.given[1:] == (PROMPTS[:count], METADATA[:count])
     assert torch.equal(images, IMAGES)
     assert (prompts, metadata) == (PROMPTS, METADATA)
-    assert torch.equal(scores["last"][:count].float(), brightness(IMAGES, [], [])[:count])
+    assert torch.equal(scores["last"].values[:count].float(), brightness(IMAGES, [], [])[:count])
 
 
 @pytest.mark.filterwarnings("ignore:reward first. 16 of 16 pairs score alike")  # it is a vandal
@@ -91,7 +92,7 @@ def test_a_buffer_that_a_reward_uses_again_is_not_its_last_scores():
             return self._buffer.copy_(images.mean(dim=(1, 2, 3)))
 
     mix = RewardMix({"thrifty": RewardTerm(Thrifty())})
-    first = mix(IMAGES, PROMPTS, METADATA)["thrifty"]
+    first = mix(IMAGES, PROMPTS, METADATA)["thrifty"].values
     mix(IMAGES / 2, PROMPTS, METADATA)
     assert torch.equal(first.float(), IMAGES.mean(dim=(1, 2, 3)))
 
@@ -100,7 +101,7 @@ def test_a_buffer_that_a_reward_uses_again_is_not_its_last_scores():
 
 
 def scored(values):
-    return RewardMix({"r": RewardTerm(lambda images, prompts, metadata: values)})(IMAGES, PROMPTS, METADATA)["r"]
+    return RewardMix({"r": RewardTerm(lambda images, prompts, metadata: values)})(IMAGES, PROMPTS, METADATA)["r"].values
 
 
 def test_only_real_numbers_are_scores():
@@ -153,8 +154,9 @@ def test_scores_cross_devices_without_float64(toy_module, fit, monkeypatch):
     assert torch.int64 in kinds
     assert torch.float64 not in kinds
     (rollout,) = rollouts
-    assert torch.equal(gather(rollout, torch.zeros(32, 1), 16, lambda values: values).scores["r"], rollout.scores["r"])
-    assert rollout.scores["r"].dtype == torch.float64
+    given, gathered = rollout.scores["r"].values, gather(rollout, torch.zeros(32, 1), 16, lambda values: values)
+    assert torch.equal(gathered.scores["r"].values, given)
+    assert given.dtype == torch.float64
 
 
 # What it raises
@@ -302,7 +304,7 @@ def test_a_time_limit_turns_a_wait_into_a_failure(release, device):
         mix(IMAGES[:1], ["a"], [{}])
     assert len(reward.threads) == 1
     release.set()
-    assert torch.equal(mix(IMAGES[:1], ["a"], [{}])["hung"].float(), brightness(IMAGES[:1], [], []))
+    assert torch.equal(mix(IMAGES[:1], ["a"], [{}])["hung"].values.float(), brightness(IMAGES[:1], [], []))
 
 
 def test_pairs_that_a_time_limit_ends_may_be_dropped(toy_module, fit, prompts_file, release):
@@ -316,7 +318,7 @@ def test_pairs_that_a_time_limit_ends_may_be_dropped(toy_module, fit, prompts_fi
     )
     with pytest.warns(UserWarning, match=r"dropped, with their pairs: 2 images: reward 'hung'.*time_limit"):
         fit(module, 1)
-    assert 0 < module.collector.scores.whole.sum() < 16
+    assert 0 < module.collector.scores.kept.sum() < 16
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), "soon", True])

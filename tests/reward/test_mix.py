@@ -11,6 +11,7 @@ from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.objective import half_differences
 from lightning_fdfo.reward.running_std import RunningStd
+from lightning_fdfo.reward.scores import Scores, compare
 from lightning_fdfo.reward.term import Gate, RewardTerm
 
 
@@ -59,25 +60,25 @@ def test_the_total_is_the_weighted_sum_and_weight_zero_only_watches():
         }
     )
     scores = mix(IMAGES, *ROWS)
-    assert {name: term[0].item() for name, term in scores.items()} == {"a": 2, "b": 1, "watched": 100}
+    assert {name: term.values[0].item() for name, term in scores.items()} == {"a": 2, "b": 1, "watched": 100}
     assert mix.scales_known  # what is only watched needs none
-    assert torch.equal(mix.total(scores), torch.full((6,), 0.5 * 2 + 3 * 1 / 4))
+    assert torch.equal(mix.total(scores).values, torch.full((6,), 0.5 * 2 + 3 * 1 / 4))
 
 
 def test_a_positive_weight_on_a_cost_asks_for_less_of_it():
     mix = RewardMix({"cost": RewardTerm(Cost(), 2.0), "gain": RewardTerm(brightness, 0.5)})
     scores = mix(IMAGES, *ROWS)
     expected = brightness(IMAGES, *ROWS)
-    assert torch.equal(scores["cost"], expected)  # logged as it is
-    torch.testing.assert_close(mix.total(scores), (-2 + 0.5) * expected)
-    torch.testing.assert_close(mix.differences(scores)["cost"], -2 * half_differences(expected))
-    assert torch.equal(mix.preference("cost", scores), -mix.preference("gain", scores))
+    assert torch.equal(scores["cost"].values, expected)  # logged as it is
+    torch.testing.assert_close(mix.total(scores).values, (-2 + 0.5) * expected)
+    torch.testing.assert_close(mix.contributions(scores, compare(scores))["cost"], -2 * half_differences(expected))
+    assert torch.equal(mix.preference("cost", compare(scores)), -mix.preference("gain", compare(scores)))
 
 
 def test_one_class_may_come_several_times():
     spec = {"reward": {"class_path": HERE, "init_args": {"value": 5.0}}}
     mix = RewardMix({"low": {"reward": HERE}, "high": spec})
-    assert [scores[0].item() for scores in mix(IMAGES, *ROWS).values()] == [1, 5]
+    assert [scores.values[0].item() for scores in mix(IMAGES, *ROWS).values()] == [1, 5]
 
 
 def test_setup_and_check_reach_each_reward():
@@ -150,10 +151,10 @@ def test_scaled_terms_have_differences_of_one_deviation():
         assert not mix.scales_known
         with pytest.raises(ValueError, match="the scale of reward 'b' is not known yet"):
             mix.total(scores)
-        mix.update_scales(0, scores)
+        mix.update_scales(0, compare(scores))
         assert mix.scales_known
-        differences.append(mix.differences(scores))
-        total = half_differences(mix.total(scores))
+        differences.append(mix.contributions(scores, compare(scores)))
+        total = half_differences(mix.total(scores).values)
         torch.testing.assert_close(total, sum(differences[-1].values()), rtol=1e-4, atol=1e-5)
     assert differences[0]["b"].square().mean().sqrt().item() == pytest.approx(2.0, rel=1e-5)
     torch.testing.assert_close(differences[0]["b"], differences[1]["b"])
@@ -162,13 +163,13 @@ def test_scaled_terms_have_differences_of_one_deviation():
 def test_a_reward_of_ties_has_no_say_and_divides_by_nothing():
     mix = RewardMix({"flat": RewardTerm(Constant(), 1.0, "std")})
     scores = mix(IMAGES, *ROWS)
-    mix.update_scales(0, scores)
-    assert torch.equal(mix.differences(scores)["flat"], torch.zeros(6))
+    mix.update_scales(0, compare(scores))
+    assert torch.equal(mix.contributions(scores, compare(scores))["flat"], torch.zeros(6))
 
 
 def test_scales_are_kept_and_new_terms_start_their_own():
     mix, other = (RewardMix({name: RewardTerm(brightness, 1.0, "std") for name in names}) for names in ("ab", "bc"))
-    mix.update_scales(0, mix(IMAGES, *ROWS))
+    mix.update_scales(0, compare(mix(IMAGES, *ROWS)))
     other.load_state_dict(mix.state_dict())
     assert other.running["b"].std == mix.running["b"].std
     assert other.running["c"].std is None
@@ -177,9 +178,13 @@ def test_scales_are_kept_and_new_terms_start_their_own():
 # Clip, schedule, route and gate
 
 SCORES = {
-    "a": torch.tensor([3.0, 1.0, 0.0, 4.0, 5.0, 5.0, 2.0, 0.0]),  # half differences of rows 2i: 1, -2, 0, 1
-    "b": torch.tensor([10.0, 30.0, 0.0, 20.0, 7.0, 1.0, 4.0, 4.0]),  # -10, -10, 3, 0
+    "a": Scores.of(torch.tensor([3.0, 1.0, 0.0, 4.0, 5.0, 5.0, 2.0, 0.0])),  # half differences of rows 2i: 1, -2, 0, 1
+    "b": Scores.of(torch.tensor([10.0, 30.0, 0.0, 20.0, 7.0, 1.0, 4.0, 4.0])),  # -10, -10, 3, 0
 }
+
+
+def contributions(mix, scores, epoch=0):
+    return mix.contributions(scores, compare(scores), epoch)
 
 
 def first(parts):
@@ -189,34 +194,41 @@ def first(parts):
 
 def test_clip_bounds_what_is_scaled_and_before_it_is_weighed():
     mix = RewardMix({"a": RewardTerm(brightness, -3.0, clip=1.5), "b": RewardTerm(brightness, 0.5, 4.0, clip=2)})
-    assert first(mix.differences(SCORES)) == {"a": [-3, 4.5, 0, -3], "b": [-1, -1, 0.375, 0]}
-    assert torch.equal(mix.total(SCORES), -3 * SCORES["a"] + 0.5 / 4 * SCORES["b"])  # of images: it is not clipped
+    assert first(contributions(mix, SCORES)) == {"a": [-3, 4.5, 0, -3], "b": [-1, -1, 0.375, 0]}
+    total = -3 * SCORES["a"].values + 0.5 / 4 * SCORES["b"].values  # of images: it is not clipped
+    assert torch.equal(mix.total(SCORES).values, total)
 
 
 def test_a_clip_in_deviations_leaves_the_deviation_as_it_is():
-    values = torch.tensor([1.0, -1.0, 1.0, -1.0, 100.0, -100.0])
+    scores = {"a": Scores.of(torch.tensor([1.0, -1.0, 1.0, -1.0, 100.0, -100.0]))}
     mix = RewardMix({"a": RewardTerm(brightness, 2.0, "std", clip=1.0)})
-    mix.update_scales(0, {"a": values})
+    mix.update_scales(0, compare(scores))
     std = np.sqrt((1 + 1 + 100**2) / 3)
     assert mix.running["a"].std == pytest.approx(std)
     expected = 2 * np.clip(np.array([1, 1, 100]) / std, -1, 1)
-    assert first(mix.differences({"a": values}))["a"] == pytest.approx(list(expected))
+    assert first(contributions(mix, scores))["a"] == pytest.approx(list(expected))
 
 
 def test_weights_are_those_of_the_epoch():
     mix = RewardMix({"a": RewardTerm(brightness, {0: 1, 10: 3}), "b": RewardTerm(brightness, {5: 0, 6: 1}, "std")})
-    mix.update_scales(0, SCORES)
-    assert first(mix.differences(SCORES, epoch=5)) == {"a": [2, -4, 0, 2], "b": [0, 0, 0, 0]}
-    torch.testing.assert_close(mix.total(SCORES, epoch=5), 2 * SCORES["a"])
+    mix.update_scales(0, compare(SCORES))
+    assert first(contributions(mix, SCORES, epoch=5)) == {"a": [2, -4, 0, 2], "b": [0, 0, 0, 0]}
+    torch.testing.assert_close(mix.total(SCORES, epoch=5).values, 2 * SCORES["a"].values)
     assert mix.factor("b", 6) == pytest.approx(1 / np.sqrt((100 + 100 + 9) / 4))
+
+
+def routed(values, multiplier):
+    """Scores of a reward, which is not asked where the multiplier is NaN."""
+    asked = ~multiplier.isnan()
+    return Scores(torch.where(asked, values, 0.0), asked, asked, multiplier.nan_to_num(0.0))
 
 
 def test_a_route_multiplies_and_a_gate_asks_both_branches():
     gated = RewardTerm(brightness, 2.0, gate=Gate("b", above=3.5))
     mix = RewardMix({"a": gated, "b": RewardTerm(brightness, 0)})
     assert mix.passes("a", SCORES)[::2].tolist() == [True, False, False, True]
-    routes = {"a": torch.tensor([0.5, 0.5, 1, 1, 1, 1, torch.nan, torch.nan]), "b": torch.ones(8)}
-    assert first(mix.differences(SCORES, routes))["a"] == [0.5 * 2 * 1, 0, 0, 0]
+    scores = SCORES | {"a": routed(SCORES["a"].values, torch.tensor([0.5, 0.5, 1, 1, 1, 1, torch.nan, torch.nan]))}
+    assert first(contributions(mix, scores))["a"] == [0.5 * 2 * 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -247,26 +259,26 @@ OPTIONS = list(
 def test_the_branches_of_a_pair_are_opposite_whatever_the_options(weight, scale, clip, gate):
     """And the total is what plain numpy, pair by pair, makes of the formula."""
     random = np.random.default_rng(0)
-    scores = {name: torch.from_numpy(random.random(40)).float() for name in "ab"}
+    scores = {name: Scores.of(torch.from_numpy(random.random(40)).float()) for name in "ab"}
     pairs = random.choice([0.0, 0.5, 2.0, np.nan], 20)
-    routes = {"a": torch.from_numpy(np.repeat(pairs, 2)).float(), "b": torch.ones(40)}
-    scores["a"][routes["a"].isnan()] = torch.nan
+    scores["a"] = routed(scores["a"].values, torch.from_numpy(np.repeat(pairs, 2)).float())
     mix = RewardMix({"a": RewardTerm(Cost(), weight, scale, clip=clip, gate=gate), "b": RewardTerm(brightness, 0.1)})
-    mix.update_scales(3, scores)
-    parts = mix.differences(scores, routes, epoch=3)
+    mix.update_scales(3, compare(scores))
+    parts = contributions(mix, scores, epoch=3)
     total = torch.stack(list(parts.values())).sum(dim=0)
     assert torch.equal(total[::2], -total[1::2])
     assert total.isfinite().all()
     assert total[::2].any()
 
-    one, two = (scores["a"].double().numpy()[branch::2] for branch in (0, 1))
+    values = torch.where(scores["a"].scored, scores["a"].values.double(), torch.nan)
+    one, two = (values.numpy()[branch::2] for branch in (0, 1))
     half = (one - two) / 2
     divisor = {"none": 1.0, "std": np.sqrt(np.nanmean(half**2)), 0.1: 0.1}[scale]
     for pair in range(20):
         bounded = -half[pair] / divisor  # a cost
         if clip is not None:
             bounded = min(max(bounded, -clip), clip)
-        passing = [gate is None or gate.above < scores["b"][2 * pair + branch] < gate.below for branch in (0, 1)]
+        passing = [gate is None or gate.above < scores["b"].values[2 * pair + branch] < gate.below for branch in (0, 1)]
         weighed = (-2.0 if isinstance(weight, dict) else weight) * pairs[pair] * bounded
         expected = weighed if all(passing) and not np.isnan(pairs[pair]) else 0.0
         assert parts["a"][2 * pair].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -298,7 +310,7 @@ def test_terms_elsewhere_run_in_threads_beside_those_here():
     mix.setup(CPU)
     scores = mix(IMAGES, *ROWS)
     assert list(scores) == ["one", "here", "two"]
-    assert all(torch.equal(score, brightness(IMAGES, *ROWS)) for score in scores.values())
+    assert all(torch.equal(score.values, brightness(IMAGES, *ROWS)) for score in scores.values())
     assert here.seen[0][:2] == (CPU, threading.get_ident())
     for reward in (cpu_one, cpu_two):
         (device, thread, gradients) = reward.seen[0]
@@ -365,8 +377,8 @@ def test_rewards_are_scored_outside_of_the_trainers_autocast():
     mix = RewardMix({"linear": RewardTerm(lambda images, *_: (images.flatten(1) @ weights)[:, 0])})
     with torch.autocast("cpu", torch.bfloat16):
         assert (IMAGES.flatten(1) @ weights).dtype == torch.bfloat16
-        inside = mix(IMAGES, *ROWS)["linear"]
-    assert torch.equal(inside, mix(IMAGES, *ROWS)["linear"])
+        inside = mix(IMAGES, *ROWS)["linear"].values
+    assert torch.equal(inside, mix(IMAGES, *ROWS)["linear"].values)
 
 
 @pytest.mark.parametrize("method", ["check", "fetch"])

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning_fdfo import PromptDataModule, Reward, RewardMix, Sampling
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.reward.routing import check_route, is_for, routes
+from lightning_fdfo.reward.scores import compare
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from tests.conftest import brightness
 
@@ -36,11 +37,11 @@ def write(path, rows):
     return str(path)
 
 
-def test_routes_are_numbers_of_the_named_and_nan_of_the_others():
+def test_routes_are_numbers_of_the_named():
     found = routes(NAMES, [{}, {"rewards": {"a": 0.5}}, {"rewards": {"a": 0, "b": -2}}])
-    assert found["a"].tolist() == [1, 0.5, 0]
-    assert found["b"].isnan().tolist() == [False, True, False]
-    assert found["b"][[0, 2]].tolist() == [1, -2]
+    assert found["a"].multiplier.tolist() == [1, 0.5, 0]
+    assert found["b"].routed.tolist() == [True, False, True]
+    assert found["b"].multiplier[[0, 2]].tolist() == [1, -2]
     assert is_for("a", {"rewards": {"a": 0}})
     assert not is_for("b", {"rewards": {"a": 0}})
 
@@ -91,12 +92,13 @@ def test_a_reward_sees_only_the_prompts_that_go_to_it():
     scores = mix(images, list("pqrs"), metadata, routes=routes(mix.terms, metadata))
     light = brightness(images, [], [])
     assert answer.asked == ["q", "r"]
-    assert torch.equal(scores["light"], light)
-    assert scores["answer"].isnan().tolist() == [True, False, False, True]
-    torch.testing.assert_close(scores["answer"][1:3].float(), light[1:3] + torch.tensor([3.0, 4.0]))
+    assert torch.equal(scores["light"].values, light)
+    assert scores["answer"].scored.tolist() == [False, True, True, False]
+    assert not scores["answer"].failed.any()
+    torch.testing.assert_close(scores["answer"].values[1:3].float(), light[1:3] + torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(
-        mix.total(scores, routes(mix.terms, metadata)),
-        torch.stack([light[0], light[1] + scores["answer"][1].float(), light[2], 2 * light[3]]),
+        mix.total(scores).values,
+        torch.stack([light[0], light[1] + scores["answer"].values[1].float(), light[2], 2 * light[3]]),
     )
 
 
@@ -104,13 +106,13 @@ def test_a_reward_without_prompts_is_not_called():
     answer = Answer()
     mix = RewardMix({"light": RewardTerm(brightness), "answer": RewardTerm(answer, scale="std")})
     metadata = [{"rewards": {"light": 1}}] * 4
-    to = routes(mix.terms, metadata)
-    scores = mix(torch.rand(4, 3, 2, 2), list("pppp"), metadata, routes=to)
-    mix.update_scales(0, scores)
+    scores = mix(torch.rand(4, 3, 2, 2), list("pppp"), metadata, routes=routes(mix.terms, metadata))
+    mix.update_scales(0, compare(scores))
     assert not answer.asked
-    assert scores["answer"].isnan().all()
+    assert not scores["answer"].scored.any()
     assert not mix.scales_known
-    assert torch.equal(mix.differences(scores, to)["answer"], torch.zeros(4))  # though its scale is not known
+    added = mix.contributions(scores, compare(scores))
+    assert torch.equal(added["answer"], torch.zeros(4))  # though its scale is not known
 
 
 def test_a_failure_names_its_row_of_the_whole_batch():
@@ -139,15 +141,15 @@ def test_validation_means_are_over_images_that_were_scored(toy_module, fit, tmp_
     trainer = fit(module, 1, train=train, val=write(tmp_path / "val.jsonl", VAL), num_sanity_val_steps=0)
     (scores,) = [output["scores"] for output in outputs]
     light, answer = scores["light"], scores["answer"]
-    assert answer.isnan().tolist() == [True, False, True]
-    torch.testing.assert_close(scores["reward"], light + 2 * answer.nan_to_num(0))
+    assert answer.scored.tolist() == [False, True, False]
+    torch.testing.assert_close(scores["reward"].values, light.values + 2 * answer.values)
     logged = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     assert logged == pytest.approx(
         {
-            "val/reward": scores["reward"].mean().item(),
-            "val/light": light.mean().item(),
-            "val/answer": answer[1].item(),
-            "val/answered": answer[1].item(),
+            "val/reward": scores["reward"].values.mean().item(),
+            "val/light": light.values.mean().item(),
+            "val/answer": answer.values[1].item(),
+            "val/answered": answer.values[1].item(),
         }
     )
 
@@ -165,14 +167,14 @@ def test_a_pair_is_dropped_for_its_own_rewards_only(toy_module, fit, tmp_path):
     options = {"sampling": sampling, "num_pairs": 6, "batch_size": 24, "rollout_batch_size": 1}
     module = toy_module(rewards=rewards, on_reward_error="drop_pair", max_dropped=0.5, **options)
     trainer = fit(module, 1, train=write(tmp_path / "train.jsonl", rows))
-    scored, whole = module.collector.scores.scored, module.collector.scores.whole
+    scores = module.collector.scores
     assert trainer.callback_metrics["reward/dropped"] == pytest.approx(2 / 6)
-    assert whole.sum() == 4
-    to_answer = ~scored.routes["answer"].isnan().view(-1, 2).all(dim=1)
+    assert scores.kept.sum() == 4
+    to_answer = scores.scores["answer"].routed.view(-1, 2).any(dim=1)
     assert to_answer.sum() == 4
-    assert (whole & to_answer).sum() == 2
+    assert (scores.kept & to_answer).sum() == 2
     assert module.rewards.running["answer"].total[0] == 2 * 2  # pairs that it has scored, and that were kept
-    mean = scored.scores["answer"].view(-1, 2)[whole & to_answer].double().mean().item()
+    mean = scores.scores["answer"].values.view(-1, 2)[scores.kept & to_answer].double().mean().item()
     assert trainer.callback_metrics["reward/answer/mean"].item() == pytest.approx(mean)
 
 

@@ -7,10 +7,11 @@ import torch
 from lightning_fdfo import Reward, RewardMix
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.objective import half_differences
+from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout
-from lightning_fdfo.rollout.scores import gather, judge, own_rows
+from lightning_fdfo.rollout.scores import gather, own_rows, weigh
 from lightning_fdfo.sampling import Trajectories
 
 # four pairs: rows 2i and 2i + 1
@@ -25,16 +26,22 @@ class Cost(Reward):
         raise NotImplementedError
 
 
+def with_masks(values, multiplier):
+    """NaN stands for what there is not: a score, or a route to the reward."""
+    scored, routed = ~values.isnan(), ~multiplier.isnan()
+    return Scores(values.nan_to_num(0.0), scored, routed, multiplier.nan_to_num(0.0))
+
+
 def rollout(scores, pairs=range(4), routes=None):
     rows = slice(2 * pairs.start, 2 * pairs.stop)
     latents = torch.zeros(8, 2, 1, 2, 2)
     latents[::2, -1] = 1.0  # half differences of 1/2 everywhere
     trajectories = Trajectories(latents[rows], torch.zeros(8, 1, 1, 2, 2)[rows])
     routes = {name: torch.ones(8) for name in scores} | (routes or {})
-    columns = (scores, routes, {"brightness": torch.arange(8.0)})
-    cut = [{name: values[rows] for name, values in column.items()} for column in columns]
+    made = {name: with_masks(values, routes[name]).select(rows) for name, values in scores.items()}
+    statistics = {"brightness": torch.arange(8.0)[rows]}
     sigmas = torch.tensor([1.0, 0.0])
-    return Rollout(pairs, "abcd", sigmas, trajectories, Conditioning({}), *cut, seconds=2.0)
+    return Rollout(pairs, "abcd", sigmas, trajectories, Conditioning({}), made, statistics, seconds=2.0)
 
 
 def gathered(rollout, num_pairs, all_sum=lambda sums: sums):
@@ -42,7 +49,7 @@ def gathered(rollout, num_pairs, all_sum=lambda sums: sums):
 
 
 def judged(scores, mix, routes=None, epoch=0):
-    return judge(gathered(rollout(scores, routes=routes), 4), list("abcd"), mix, epoch)
+    return weigh(gathered(rollout(scores, routes=routes), 4), list("abcd"), mix, epoch)
 
 
 def measure(scores, mix, routes=None, epoch=0):
@@ -161,7 +168,7 @@ def test_terms_that_nobody_was_sent_to_or_that_are_always_a_tie_leave_no_numbers
 
 def test_one_pair_has_no_rank_correlation():
     mix = RewardMix({"a": RewardTerm(nothing), "b": RewardTerm(nothing)})
-    one = judge(gathered(rollout({"a": A, "b": B}, range(0, 1)), 1), ["a"], mix, 0)
+    one = weigh(gathered(rollout({"a": A, "b": B}, range(0, 1)), 1), ["a"], mix, 0)
     metrics = rollout_metrics(one, mix, 0)
     assert metrics["reward/a/agrees_with/b"] == 0.0
     assert "reward/a/rank_correlation/b" not in metrics
@@ -194,10 +201,10 @@ def test_dropped_pairs_are_in_no_number():
     a[6] = NAN
     mix = RewardMix({"a": RewardTerm(nothing, 2.0, "std"), "b": RewardTerm(nothing, 0.1)})
     kept = judged({"a": a, "b": B}, mix)
-    assert kept.whole.tolist() == [True, True, True, False]
+    assert kept.kept.tolist() == [True, True, True, False]
     assert kept.difference[6:].tolist() == [0, 0]
     other = RewardMix({"a": RewardTerm(nothing, 2.0, "std"), "b": RewardTerm(nothing, 0.1)})
-    three = judge(gathered(rollout({"a": A, "b": B}, range(0, 3)), 3), list("abc"), other, 0)
+    three = weigh(gathered(rollout({"a": A, "b": B}, range(0, 3)), 3), list("abc"), other, 0)
     assert rollout_metrics(kept, mix, 0) == rollout_metrics(three, other, 0)
     assert torch.equal(kept.difference[:6], three.difference)
 
@@ -210,6 +217,7 @@ def test_two_devices_give_the_numbers_of_one():
         gathered(rollout(scores, pairs), 4, lambda sums: (own.append(sums), sums)[1])
     summed = gathered(rollout(scores, range(0, 1)), 4, lambda sums: own[0] + own[1])
     alone = gathered(rollout(scores), 4)
-    for ours, theirs in zip((*summed.scores.values(), summed.distance), (A, B, alone.distance), strict=True):
+    values = [one.values for one in summed.scores.values()]
+    for ours, theirs in zip((*values, summed.distance), (A, B, alone.distance), strict=True):
         assert torch.equal(ours, theirs)
     assert own_rows(range(1, 4)).tolist() == list(range(2, 8))

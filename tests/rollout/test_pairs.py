@@ -5,7 +5,7 @@ import torch
 
 from lightning_fdfo import RewardMix, Sampling
 from lightning_fdfo.flows.generate import encode_prompts, paint
-from lightning_fdfo.objective import direction, half_differences
+from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout import collector as collecting
@@ -31,7 +31,8 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
 
 def differences(rollout):
     """Half differences of the final latents and of the rewards."""
-    return half_differences(rollout.trajectories.latents[:, -1]), half_differences(rollout.scores["brightness"])
+    values = rollout.scores["brightness"].values.float()
+    return half_differences(rollout.trajectories.latents[:, -1]), half_differences(values)
 
 
 class OneOfSome:
@@ -85,7 +86,7 @@ def test_shapes_and_rest():
     rollout = make_rollout()
     assert rollout.trajectories.latents.shape == (8, 7, 3, 2, 2)
     assert rollout.trajectories.velocities.shape == (8, 6, 3, 2, 2)
-    assert rollout.scores["brightness"].shape == (8,)
+    assert rollout.scores["brightness"].values.shape == (8,)
     assert not rollout.trajectories.latents.requires_grad
 
 
@@ -126,13 +127,13 @@ def test_batches_hold_what_the_rollout_saw():
     rollout = make_rollout(range(8))
     plan = BatchPlan(num_pairs=8, updates_per_epoch=1, points_per_pair=12, batch_size=96)
     endpoint_difference, reward_difference = differences(rollout)
-    (batch,) = deal_points(rollout, direction(endpoint_difference), reward_difference, plan, seed=0, epoch=0)
+    (batch,) = deal_points(rollout, normalize_difference(endpoint_difference), reward_difference, plan, seed=0, epoch=0)
     flow = ToyFlow()
     flow.load()
     with torch.no_grad():
         replayed = flow.velocity(batch.latents, batch.sigma, batch.conditioning)
     torch.testing.assert_close(replayed, batch.old_velocity)
-    directions = direction(endpoint_difference)
+    directions = normalize_difference(endpoint_difference)
     pairs = {(d.item(), tuple(a.flatten().tolist())) for d, a in zip(reward_difference, directions, strict=True)}
     seen = [
         (d.item(), tuple(a.flatten().tolist())) for d, a in zip(batch.reward_difference, batch.direction, strict=True)

@@ -44,13 +44,13 @@ def test_a_failure_names_reward_and_prompt(how):
 
 
 @pytest.mark.parametrize("how", ["raise", "nan", "inf", "-inf"])
-def test_what_is_dropped_is_nan_and_told_and_the_rest_is_as_it_was(how):
+def test_what_is_dropped_has_no_score_and_is_reported_and_the_rest_is_as_it_was(how):
     with pytest.warns(UserWarning, match=r"dropped, with its pair: prompt 'the dog': reward 'judge'"):
         scores = mix(how=how)(IMAGES, PROMPTS, [{}] * 4, drop=True)
     expected = brightness(IMAGES, PROMPTS, [{}] * 4)
-    assert scores["judge"].isnan().tolist() == [False, True, False, False]
-    assert torch.equal(scores["judge"][[0, 2, 3]], expected[[0, 2, 3]])
-    assert torch.equal(scores["light"], expected)
+    assert scores["judge"].failed.tolist() == [False, True, False, False]
+    assert torch.equal(scores["judge"].values[[0, 2, 3]], expected[[0, 2, 3]])
+    assert torch.equal(scores["light"].values, expected)
 
 
 def test_a_dead_reward_is_not_asked_for_every_image():
@@ -60,7 +60,7 @@ def test_a_dead_reward_is_not_asked_for_every_image():
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         scores = mixture(images, PROMPTS * 5, [{}] * 20, drop=True)
-    assert scores["judge"].isnan().all()
+    assert scores["judge"].failed.all()
     assert reward.calls == 1 + 3
 
 
@@ -79,7 +79,7 @@ def test_a_reward_that_fails_on_batches_alone():
         mixture(IMAGES, PROMPTS, [{}] * 4)
     assert error.value.row is None
     scores = mixture(IMAGES, PROMPTS, [{}] * 4, drop=True)["judge"]
-    torch.testing.assert_close(scores.float(), brightness(IMAGES, PROMPTS, []))
+    torch.testing.assert_close(scores.values.float(), brightness(IMAGES, PROMPTS, []))
 
 
 def test_by_default_the_run_stops_and_names_the_pair(toy_module, fit):
@@ -152,8 +152,8 @@ def test_validation_leaves_out_what_a_reward_failed_on(toy_module, fit, prompts_
     watch = Mean()
     module = toy_module(rewards={"judge": RewardTerm(Failing())}, on_reward_error="drop_pair", max_dropped=0.5)
     fit(module, 1, val=str(prompts_file), callbacks=[watch])
-    assert watch.scores.isnan().sum() == 1
-    torch.testing.assert_close(watch.logged, watch.scores.nanmean())
+    assert watch.scores.failed.sum() == 1
+    torch.testing.assert_close(watch.logged, watch.scores.values[watch.scores.scored].mean())
 
 
 class Poison(Callback):

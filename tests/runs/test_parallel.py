@@ -35,7 +35,7 @@ class Record(Callback):
             "pairs": list(rollout.pairs),
             "start": latents[:, 0],
             "end": latents[:, -1],
-            "scores": dict(rollout.scores),
+            "scores": {name: one.values for name, one in rollout.scores.items()},
             "texts": next(iter(rollout.conditioning.tensors.values())).sum(dim=(1, 2)),
             "bytes": latents.nbytes + rollout.trajectories.velocities.nbytes,
         }
