@@ -228,7 +228,7 @@ def test_prompts_of_the_page_go_where_it_says(tmp_path):
         check_route(prompt.metadata, mix.terms, mix.terms)
         mix.check(prompt.text, prompt.metadata, [name for name in mix.terms if is_for(name, prompt.metadata)])
     found = routes(mix.terms, [prompt.metadata for prompt in prompts])
-    assert {name: route.nan_to_num(-1).tolist() for name, route in found.items()} == {
+    assert {name: route.multiplier.where(route.routed, -1).tolist() for name, route in found.items()} == {
         "OCR": [1, -1, 1],
         "small": [0.5, 1, 1],
         "colors": [-1, -1, 1],
