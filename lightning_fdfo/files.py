@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -99,6 +100,12 @@ def write_text(target: str | Path, text: str) -> None:
     """Writes a text file, in UTF-8: it is complete, or as it was; see `atomic_path`."""
     with atomic_path(target) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def file_digest(file: Path) -> str:
+    """A file's SHA-256, as 64 hexadecimal digits; the file is read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_first_process() -> bool:

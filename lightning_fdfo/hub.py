@@ -1,14 +1,12 @@
-"""Files that others publish: which, where from, under which licence; fetched through the Hugging Face hub's cache.
+"""Files of the Hugging Face hub: which, under which licence, fetched through the hub's cache; and what is a hub name.
 
-Why they cannot be had, and what to do about it, is said in one sentence. `Weights` names files of one repository, or a
-folder or file of the user's own, which is taken as it is.
+`HubFiles` names files of one repository, or a local file or folder in their place. If they cannot be fetched, the error
+says in one sentence why, and what to do.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +14,26 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.files import file_digest
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""`owner/name`."""
 COPY = "fetch them where there is a network, then copy the cache"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it can be a repository's name, `owner/name`, by the hub's own rule.
+
+    Example:
+        >>> is_hub_name("stabilityai/stable-diffusion-3.5-medium"), is_hub_name("tiny-digits"), is_hub_name("a/b/c")
+        (True, False, False)
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name  # the rule also allows a name without an owner
 
 
 def download(
@@ -137,7 +151,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Weights:
+class HubFiles:
     """Some files of one repository, or local ones in their place.
 
     Args:
@@ -149,7 +163,7 @@ class Weights:
         sha256: file name -> expected digest; checked on hub files and local ones alike.
 
     Example:
-        >>> weights = Weights("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), "Apache-2.0")
+        >>> weights = HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), "Apache-2.0")
         >>> weights.command
         'hf download xswu/HPSv2 HPS_v2.1_compressed.pt'
     """
@@ -183,12 +197,12 @@ class Weights:
             return local
         if local.is_dir():
             return self._complete(local, f"{local} must hold it")
-        if not HUB_NAME.fullmatch(self.source):
+        if not is_hub_name(self.source):
             what = f"a file, a folder with {self.files[0]}" if self._single else "a folder"
             raise ConfigurationError(f"weights: expected {what} or a hub name owner/name, got {self.source!r}")
         return self._complete(self._snapshot(local_only=False), f"fetch it by: {self.command}")
 
-    def here(self) -> bool:
+    def is_cached(self) -> bool:
         """Whether `fetch` would need no network."""
         try:
             if not Path(self.source).expanduser().exists():
@@ -228,8 +242,7 @@ class Weights:
         expected = self.sha256.get(name)
         if expected is None:
             return
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_digest(file)
         if digest != expected:
             raise ConfigurationError(
                 f"weights: {file} is not the official file: expected sha256 {expected}, got {digest}; "
@@ -237,17 +250,18 @@ class Weights:
             )
 
 
-def shared(load: Callable[..., T]) -> Callable[..., T]:
-    """Decorates a function that reads weights: equal arguments get the same object while anybody holds it.
+def cached_weak(load: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function that reads weights: calls with equal arguments share one object, for as long as it is used.
 
-    So two rewards of one model, or one reward in `rewards` and in `evaluation.metrics`, read the file once.
+    Two rewards of one model, or one reward in `rewards` and in `evaluation.metrics`, read the file once. The cache
+    holds weak references: it keeps nothing alive.
 
     Args:
         load: from hashable arguments to an object that can be weakly referenced, such as an nn.Module.
 
     Example:
         >>> import torch
-        >>> layer = shared(torch.nn.Linear)
+        >>> layer = cached_weak(torch.nn.Linear)
         >>> first, again, other = layer(2, 3), layer(2, 3), layer(2, 4)
         >>> first is again, first is other
         (True, False)

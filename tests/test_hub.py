@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretrained
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 
 ANSWERS = {
     "gated": (403, "GatedRepo"),
@@ -80,7 +80,7 @@ def test_each_refusal_of_the_hub_is_told_apart(hub, name):
         lambda: StableDiffusion3(source, revision="v7").load(),
         lambda: DiffusersFlow(source, revision="v7"),
         lambda: StableDiffusion3(source, revision="v7").outline(),
-        lambda: Weights(source, ("a.pt",), revision="v7").fetch(),
+        lambda: HubFiles(source, ("a.pt",), revision="v7").fetch(),
     ):
         with pytest.raises(ConfigurationError, match=SAID[name]) as caught:
             fetch()
@@ -97,7 +97,7 @@ def test_no_network_is_told_at_once(no_network):
 
 def test_offline_mode_is_named(cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for fetch in (StableDiffusion3("owner/name").load, Weights("owner/name", ("a.pt",)).fetch):
+    for fetch in (StableDiffusion3("owner/name").load, HubFiles("owner/name", ("a.pt",)).fetch):
         with pytest.raises(ConfigurationError, match=r"HF_HUB_OFFLINE=1.*then copy the cache: hf download owner/name"):
             fetch()
 
@@ -126,7 +126,7 @@ def test_a_full_size_configuration_on_a_laptop(no_network, tmp_path, capsys):
     words = ["--config", CONFIG, "--trainer.default_root_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         main(["doctor", *words])
-    faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAULT")]
+    faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert stop.value.code == 1
     for fault, word in zip(faults, ("accelerator", "stable-diffusion", "PickScore"), strict=True):
         assert word in fault

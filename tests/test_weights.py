@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights, shared
+from lightning_fdfo.hub import HubFiles, cached_weak
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DIGEST = hashlib.sha256(b"numbers").hexdigest()
@@ -43,16 +43,16 @@ def lay(folder, *files):
 
 def test_a_local_file_is_taken_as_it_is_whatever_its_name(tmp_path):
     file = lay(tmp_path, "mine.bin") / "mine.bin"
-    weights = Weights(str(file), ("official.pt",))
+    weights = HubFiles(str(file), ("official.pt",))
     assert weights.fetch() == file
-    assert weights.here()
+    assert weights.is_cached()
 
 
 def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     lay(tmp_path / "models", "w.pt")
-    assert Weights("~/models/w.pt", ("w.pt",)).fetch() == tmp_path / "models" / "w.pt"
-    assert Weights("~/models", ("*.pt",)).fetch() == tmp_path / "models"
+    assert HubFiles("~/models/w.pt", ("w.pt",)).fetch() == tmp_path / "models" / "w.pt"
+    assert HubFiles("~/models", ("*.pt",)).fetch() == tmp_path / "models"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
 )
 def test_one_name_leads_to_the_file_and_anything_else_to_the_folder(tmp_path, files, found):
     folder = lay(tmp_path, "w.pt", "config.json", "sub/more.json")
-    assert Weights(str(folder), files).fetch() == folder / found
+    assert HubFiles(str(folder), files).fetch() == folder / found
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_one_name_leads_to_the_file_and_anything_else_to_the_folder(tmp_path, fi
 def test_a_local_folder_that_lacks_a_file_is_told_which(tmp_path, files, missing):
     folder = lay(tmp_path, "config.json")
     with pytest.raises(ConfigurationError, match=rf"weights: {missing} of {folder} is missing; {folder} must hold it"):
-        Weights(str(folder), files).fetch()
+        HubFiles(str(folder), files).fetch()
 
 
 @pytest.mark.parametrize("source", ["w.pt", "./owner/name", "/no/such/folder", "owner/name/more", "owner/na me"])
@@ -92,13 +92,13 @@ def test_what_is_neither_a_path_nor_a_repository_is_told(cache, source, files, e
     with pytest.raises(
         ConfigurationError, match=rf"weights: expected {expected} or a hub name owner/name, got '{source}'$"
     ):
-        Weights(source, files).fetch()
+        HubFiles(source, files).fetch()
 
 
 def test_a_file_where_a_folder_is_wanted_is_told(tmp_path):
     file = lay(tmp_path, "w.pt") / "w.pt"
     with pytest.raises(ConfigurationError, match=rf"expected a folder or a hub name owner/name, got '{file}'"):
-        Weights(str(file)).fetch()
+        HubFiles(str(file)).fetch()
 
 
 # The hub, out of reach
@@ -117,9 +117,9 @@ def test_a_file_where_a_folder_is_wanted_is_told(tmp_path):
     ],
 )
 def test_without_a_network_the_files_and_the_command_are_named(cache, files, command):
-    weights = Weights("owner/name", files)
+    weights = HubFiles("owner/name", files)
     assert weights.command == command
-    assert not weights.here()
+    assert not weights.is_cached()
     with pytest.raises(ConfigurationError, match="cannot be fetched") as caught:
         weights.fetch()
     (line,) = str(caught.value).splitlines()
@@ -128,7 +128,7 @@ def test_without_a_network_the_files_and_the_command_are_named(cache, files, com
 
 
 def test_another_revision_is_in_the_command(cache):
-    weights = Weights("owner/name", ("a.pt",), revision="v2")
+    weights = HubFiles("owner/name", ("a.pt",), revision="v2")
     assert weights.command == "hf download owner/name a.pt --revision v2"
     with pytest.raises(ConfigurationError, match=r"hf download owner/name a\.pt --revision v2$"):
         weights.fetch()
@@ -137,8 +137,8 @@ def test_another_revision_is_in_the_command(cache):
 @pytest.mark.parametrize("source", ["owner/name", "0wner_1/na.me-v1_2"])
 def test_a_cache_is_enough_offline(cache, source):
     snapshot = keep(cache, source, "a.pt", "config.json")
-    one, several = Weights(source, ("a.pt",)), Weights(source, ("*.json", "a.pt"))
-    assert (one.here(), several.here()) == (True, True)
+    one, several = HubFiles(source, ("a.pt",)), HubFiles(source, ("*.json", "a.pt"))
+    assert (one.is_cached(), several.is_cached()) == (True, True)
     assert one.fetch() == snapshot / "a.pt"
     assert several.fetch() == snapshot
 
@@ -146,30 +146,30 @@ def test_a_cache_is_enough_offline(cache, source):
 @pytest.mark.parametrize("files", [("b.pt",), ("a.pt", "b.pt"), ("a.pt", "b*.pt")])
 def test_an_incomplete_cache_is_not_enough(cache, files):
     keep(cache, "owner/name", "a.pt")
-    weights = Weights("owner/name", files)
-    assert not weights.here()
+    weights = HubFiles("owner/name", files)
+    assert not weights.is_cached()
     with pytest.raises(ConfigurationError, match=r"weights: b\S*pt of owner/name is missing; fetch it by: hf download"):
         weights.fetch()
 
 
 def test_optional_files_may_be_missing_from_the_cache(cache):
     snapshot = keep(cache, "owner/name", "config.json", "model.safetensors")
-    assert Weights("owner/name").here()
-    assert Weights("owner/name").fetch() == snapshot
+    assert HubFiles("owner/name").is_cached()
+    assert HubFiles("owner/name").fetch() == snapshot
 
 
 def test_revisions_are_kept_apart_in_the_cache(cache):
     snapshot = keep(cache, "owner/name", "a.pt", revision="v2")
-    assert Weights("owner/name", ("a.pt",), revision="v2").fetch() == snapshot / "a.pt"
-    assert Weights("owner/name", ("a.pt",), revision=COMMIT).fetch() == snapshot / "a.pt"
-    assert not Weights("owner/name", ("a.pt",)).here()
+    assert HubFiles("owner/name", ("a.pt",), revision="v2").fetch() == snapshot / "a.pt"
+    assert HubFiles("owner/name", ("a.pt",), revision=COMMIT).fetch() == snapshot / "a.pt"
+    assert not HubFiles("owner/name", ("a.pt",)).is_cached()
 
 
 def test_a_local_folder_of_a_repositorys_name_comes_first(cache, tmp_path, monkeypatch):
     keep(cache, "owner/name", "a.pt")
     lay(tmp_path / "owner" / "name", "a.pt")
     monkeypatch.chdir(tmp_path)
-    assert Weights("owner/name", ("a.pt",)).fetch().resolve() == tmp_path / "owner" / "name" / "a.pt"
+    assert HubFiles("owner/name", ("a.pt",)).fetch().resolve() == tmp_path / "owner" / "name" / "a.pt"
 
 
 # Digests
@@ -189,20 +189,20 @@ def sources(cache, tmp_path, *files):
 def test_a_digest_is_checked_wherever_the_file_comes_from(cache, tmp_path, files, checked):
     present = files if len(files) == 1 else (checked, "b", "config.json")
     for source in sources(cache, tmp_path, *present):
-        Weights(source, files, sha256={checked: DIGEST}).fetch()
-        wrong = Weights(source, files, sha256={checked: "0" * 64})
+        HubFiles(source, files, sha256={checked: DIGEST}).fetch()
+        wrong = HubFiles(source, files, sha256={checked: "0" * 64})
         with pytest.raises(
             ConfigurationError, match=rf"not the official file: expected sha256 {'0' * 64}, got {DIGEST}; delete it"
         ):
             wrong.fetch()
-    assert not Weights("owner/name", files, sha256={checked: "0" * 64}).here()
+    assert not HubFiles("owner/name", files, sha256={checked: "0" * 64}).is_cached()
 
 
 def test_a_file_that_only_a_digest_names_must_be_there(tmp_path):
     """As where somebody has split the official file into several."""
     folder = lay(tmp_path, "config.json", "model-00001-of-00002.safetensors")
     with pytest.raises(ConfigurationError, match=r"model\.safetensors of .* is missing"):
-        Weights(str(folder), sha256={"model.safetensors": DIGEST}).fetch()
+        HubFiles(str(folder), sha256={"model.safetensors": DIGEST}).fetch()
 
 
 # Shared
@@ -218,7 +218,7 @@ def load():
         loaded.append((width, bias))
         return torch.nn.Linear(width, 1, bias=bias)
 
-    once = shared(linear)
+    once = cached_weak(linear)
     once.loaded = loaded
     return once
 
@@ -252,7 +252,7 @@ def test_a_load_that_fails_is_tried_again():
             raise answer
         return answer
 
-    once = shared(load)
+    once = cached_weak(load)
     with pytest.raises(OSError, match="a slow disk"):
         once()
     assert isinstance(once(), torch.nn.Linear)

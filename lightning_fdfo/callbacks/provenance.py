@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
+
+from lightning_fdfo.files import file_digest
 
 if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
@@ -25,6 +26,4 @@ def describe_judged(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
         if given is None:
             return base | {"weights": "the base model's"}
         file = Path(given)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return base | {"weights": file.name, "sha256": digest}
+    return base | {"weights": file.name, "sha256": file_digest(file)}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.lora_contents import check_lora_file
 from lightning_fdfo.flows.lora_files import LORA_FILE
-from lightning_fdfo.hub import HUB_NAME, Weights
+from lightning_fdfo.hub import HubFiles, is_hub_name
 
 if TYPE_CHECKING:
     pass
@@ -18,8 +17,6 @@ EXPECTED = (
     "expected a checkpoint's file, or last, or a LoRA: a .safetensors file, a folder with "
     f"{LORA_FILE}, or a hub name like owner/name or owner/name/FILE.safetensors"
 )
-
-_HUB_FILE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/([\w./-]+\.safetensors)")
 
 
 def find_lora(ckpt_path: str) -> Path | None:
@@ -52,11 +49,13 @@ def _inside(folder: Path) -> str:
 
 
 def _from_hub(name: str) -> Path:
-    in_repository = _HUB_FILE.fullmatch(name)
-    source, file = in_repository.groups() if in_repository else (name, LORA_FILE)
-    if not HUB_NAME.fullmatch(source) or name.endswith(".ckpt"):
+    """The LoRA file of `owner/name`, or of `owner/name/FILE.safetensors`."""
+    parts = name.split("/")
+    names_file = name.endswith(".safetensors") and len(parts) > 2
+    source, file = ("/".join(parts[:2]), "/".join(parts[2:])) if names_file else (name, LORA_FILE)
+    if not is_hub_name(source) or name.endswith(".ckpt"):
         raise ConfigurationError(f"--ckpt_path: {EXPECTED}; got {name}")
     try:
-        return Weights(source, (file,)).fetch()
+        return HubFiles(source, (file,)).fetch()
     except ConfigurationError as error:
         raise ConfigurationError(f"--ckpt_path: {name} is no file or folder here; on the hub, {error}") from error

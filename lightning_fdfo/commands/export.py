@@ -12,7 +12,7 @@ import transformers
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.export.model_card import model_card, shareable

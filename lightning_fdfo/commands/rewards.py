@@ -148,8 +148,8 @@ def _listing(name: str, entry: EntryPoint) -> Listing:
     cls: type[Reward] = found if isinstance(found, type) else FunctionReward
     low, high = cls.range
     needs = cls.needs or ", ".join(f'metadata "{key}"' for key in cls.required_metadata) or "nothing"
-    weights = "\n".join(dict.fromkeys(f"{part.source} ({part.licence})" for part in cls.weights))
-    commands = tuple(part.command for part in cls.weights if not part.here())
+    weights = "\n".join(dict.fromkeys(f"{part.source} ({part.licence})" for part in cls.hub_files))
+    commands = tuple(part.command for part in cls.hub_files if not part.is_cached())
     return Listing(
         name,
         distribution,

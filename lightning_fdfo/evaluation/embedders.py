@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 
 DREAMSIM = "dreamsim"
 
@@ -42,12 +42,12 @@ class CLIPEmbedder(Embedder):
     """
 
     def __init__(self, pretrained: str) -> None:
-        self.weights = Weights(pretrained)
+        self.hub_files = HubFiles(pretrained)
 
     def fetch(self) -> None:
         """Finds the model, or fetches it."""
         try:
-            self.weights.fetch()
+            self.hub_files.fetch()
         except ConfigurationError as error:
             raise ConfigurationError(f"evaluation.diversity: {error}") from error
 
@@ -55,7 +55,7 @@ class CLIPEmbedder(Embedder):
         """Loads the model, in float32, and lets its text tower go."""
         from transformers import CLIPModel
 
-        folder = self.weights.fetch()
+        folder = self.hub_files.fetch()
         try:
             model, info = CLIPModel.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -125,7 +125,7 @@ def named_embedder(name: str) -> Embedder:
     """The embedder of a name in a configuration: `dreamsim`, or a CLIP.
 
     Example:
-        >>> named_embedder("openai/clip-vit-large-patch14").weights.source
+        >>> named_embedder("openai/clip-vit-large-patch14").hub_files.source
         'openai/clip-vit-large-patch14'
     """
     return DreamSimEmbedder() if name == DREAMSIM else CLIPEmbedder(name)

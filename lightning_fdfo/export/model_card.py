@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, resolve_pretrained
-from lightning_fdfo.hub import HUB_NAME
+from lightning_fdfo.hub import is_hub_name
 from lightning_fdfo.report.page import settings_of
 from lightning_fdfo.report.run_files import RunFiles
 from lightning_fdfo.reward.mix import RewardMix
@@ -36,7 +36,7 @@ def model_card(
         merged: whether a whole pipeline lies in `pipeline/`.
     """
     base = base_name(run.config)
-    on_hub = HUB_NAME.fullmatch(base) is not None and not Path(flow.pretrained).is_dir()
+    on_hub = is_hub_name(base) and not Path(flow.pretrained).is_dir()
     has_lora = (run.config["model"].get("lora")) is not None
     data = ModelCardData(
         base_model=base if on_hub else None,
@@ -83,7 +83,7 @@ def base_licence(pretrained: str) -> str | None:
     if card.is_file():
         with suppress(ValueError, OSError, yaml.YAMLError):
             return ModelCard.load(card).data.license  # type: ignore[no-any-return]
-    if Path(pretrained).is_dir() or not HUB_NAME.fullmatch(pretrained):
+    if Path(pretrained).is_dir() or not is_hub_name(pretrained):
         return None
     with suppress(HfHubHTTPError, OSError):
         found = model_info(pretrained, timeout=10).card_data
@@ -107,7 +107,7 @@ def rewards_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
             "reward": mix.rewards[name].name,
             "weight": str(term.weight),
             "scale": str(term.scale),
-            "licence": ", ".join(f"{part.source} ({part.licence})" for part in mix.rewards[name].weights)
+            "licence": ", ".join(f"{part.source} ({part.licence})" for part in mix.rewards[name].hub_files)
             or mix.rewards[name].packaged_weights
             or "none",
         }

@@ -47,7 +47,7 @@ from lightning_fdfo.flows.registry import (
     resolve_pretrained,
 )
 from lightning_fdfo.flows.text_cache import TextCache, text_fingerprint
-from lightning_fdfo.hub import HUB_NAME, is_hubs, out_of_reach
+from lightning_fdfo.hub import is_hub_name, is_hubs, out_of_reach
 
 TextEncoders = Literal["offload", "keep", "cache"]
 JOINT_ATTENTION = (
@@ -236,7 +236,7 @@ class DiffusersFlow(Adapter, FlowModel):
         check_settings(self)
         if self.quantization is not None:
             quantization_config(self.quantization, self.dtype)
-        if is_folder(self.pretrained) or not HUB_NAME.fullmatch(self.pretrained):
+        if is_folder(self.pretrained) or not is_hub_name(self.pretrained):
             check_parts(self.index, Path(self.pretrained))
 
     def load(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import HUB_NAME, download
+from lightning_fdfo.hub import download, is_hub_name
 
 
 class Adapter:
@@ -102,7 +102,7 @@ def model_folder(pretrained: str, revision: str | None, files: Sequence[str]) ->
     """
     if is_folder(pretrained):
         return Path(pretrained)
-    if not HUB_NAME.fullmatch(pretrained):
+    if not is_hub_name(pretrained):
         raise ConfigurationError(
             f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
             f"'owner/model', got {pretrained!r}, which is none of these"

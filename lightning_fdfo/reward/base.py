@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 
 Metadata = Mapping[str, Any]
 Scorer = Callable[..., Tensor]
@@ -41,7 +41,7 @@ class Reward(ABC):
     """Keys that each prompt's metadata must have."""
     needs: str = ""
     """What it needs of a prompt, in words, where `required_metadata` does not say it all; empty: nothing."""
-    weights: tuple[Weights, ...] = ()
+    hub_files: tuple[HubFiles, ...] = ()
     """What `setup` loads, with the options' defaults; an instance may have its own."""
     packaged_weights: str = ""
     """Weights that came with an installed package: which, and their licence, in words."""
@@ -61,7 +61,7 @@ class Reward(ABC):
 
     def fetch(self) -> None:
         """Fetches its weights into the cache; called on one process of each machine, before any model is loaded."""
-        for weights in self.weights:
+        for weights in self.hub_files:
             weights.fetch()
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - a reward without weights has nothing to set up

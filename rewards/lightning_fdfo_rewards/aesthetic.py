@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights, shared
+from lightning_fdfo.hub import HubFiles, cached_weak
 from lightning_fdfo_rewards.clip import CLIP, load_clip
 from lightning_fdfo_rewards.clip_score import OPENAI_CLIP
 from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, frozen
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
 
-HEAD = Weights(
+HEAD = HubFiles(
     "trl-lib/ddpo-aesthetic-predictor",
     ("aesthetic-model.pth",),
     "Apache-2.0 or MIT: see the repository",
@@ -48,14 +48,14 @@ class Aesthetic(ModelReward):
             official one; from `setup`: a head that does not fit CLIP.
 
     Example:
-        >>> Aesthetic().weights[0].files
+        >>> Aesthetic().hub_files[0].files
         ('aesthetic-model.pth',)
 
     Source: the improved aesthetic predictor of LAION (sac+logos+ava1-l14-linearMSE).
     """
 
     needs = ""
-    weights = (HEAD, OPENAI_CLIP)
+    hub_files = (HEAD, OPENAI_CLIP)
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class Aesthetic(ModelReward):
     ) -> None:
         super().__init__(dtype, batch_size, device)
         official = head == HEAD.source
-        self.weights = (
-            HEAD if official else Weights(head, HEAD.files, HEAD.licence),
-            Weights(pretrained, revision=revision, licence=OPENAI_CLIP.licence),
+        self.hub_files = (
+            HEAD if official else HubFiles(head, HEAD.files, HEAD.licence),
+            HubFiles(pretrained, revision=revision, licence=OPENAI_CLIP.licence),
         )
 
     def load(self, device: torch.device) -> Parts:
         """Reads CLIP and the head."""
-        head, folder = (weights.fetch() for weights in self.weights)
+        head, folder = (weights.fetch() for weights in self.hub_files)
         parts = Parts(load_clip(folder, folder, self.dtype, device), _load_head(head, device))
         takes, gives = parts.head[0].in_features, parts.clip.model.config.projection_dim
         if takes != gives:
@@ -89,7 +89,7 @@ class Aesthetic(ModelReward):
         return parts.head(parts.clip.embed_images(pixels))[:, 0]  # type: ignore[no-any-return]
 
 
-@shared
+@cached_weak
 def _load_head(file: Path, device: torch.device) -> LinearHead:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import shared
+from lightning_fdfo.hub import cached_weak
 from lightning_fdfo_rewards.model_reward import frozen
 
 
@@ -80,7 +80,7 @@ def count_longer(tokenizer: Any, texts: Sequence[str], length: int) -> int:
     return sum(len(numbers) > length for numbers in tokens)
 
 
-@shared
+@cached_weak
 def _load_model(folder: Path, dtype: str, device: torch.device) -> Any:
     from transformers import CLIPModel
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 from lightning_fdfo_rewards.clip import CLIP, load_clip
 from lightning_fdfo_rewards.model_reward import DType, ModelReward
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
 
-OPENAI_CLIP = Weights("openai/clip-vit-large-patch14", licence="MIT")
+OPENAI_CLIP = HubFiles("openai/clip-vit-large-patch14", licence="MIT")
 
 
 class CLIPScore(ModelReward):
@@ -29,7 +29,7 @@ class CLIPScore(ModelReward):
         ConfigurationError: an option out of range; from `fetch`: weights that cannot be had.
 
     Example:
-        >>> CLIPScore().weights[0].source
+        >>> CLIPScore().hub_files[0].source
         'openai/clip-vit-large-patch14'
 
     Source: Hessel et al. 2021, arXiv 2104.08718, without its factor of 2.5 and its cut at 0.
@@ -37,7 +37,7 @@ class CLIPScore(ModelReward):
 
     range = (-100.0, 100.0)
     needs = "the prompt; 77 tokens are read"
-    weights = (OPENAI_CLIP,)
+    hub_files = (OPENAI_CLIP,)
 
     def __init__(
         self,
@@ -48,11 +48,11 @@ class CLIPScore(ModelReward):
         device: str | None = None,
     ) -> None:
         super().__init__(dtype, batch_size, device)
-        self.weights = (Weights(pretrained, revision=revision, licence=OPENAI_CLIP.licence),)
+        self.hub_files = (HubFiles(pretrained, revision=revision, licence=OPENAI_CLIP.licence),)
 
     def load(self, device: torch.device) -> CLIP:
         """Reads the model."""
-        folder = self.weights[0].fetch()
+        folder = self.hub_files[0].fetch()
         return load_clip(folder, folder, self.dtype, device)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:

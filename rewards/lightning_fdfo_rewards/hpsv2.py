@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights, shared
+from lightning_fdfo.hub import HubFiles, cached_weak
 from lightning_fdfo_rewards.clip import CLIP, load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, ModelReward, from_tensors
 from lightning_fdfo_rewards.pick_score import LAION_TOKENIZER
@@ -46,7 +46,7 @@ class HPSv2(ModelReward):
             is no such checkpoint.
 
     Example:
-        >>> HPSv2(version="2.0").weights[0].files
+        >>> HPSv2(version="2.0").hub_files[0].files
         ('HPS_v2_compressed.pt',)
 
     Source: Wu et al. 2023, arXiv 2306.09341.
@@ -54,7 +54,7 @@ class HPSv2(ModelReward):
 
     range = (-1.0, 1.0)
     needs = "the prompt; 77 tokens are read"
-    weights = (Weights(REPOSITORY, (FILES["2.1"],), "Apache-2.0"), LAION_TOKENIZER)
+    hub_files = (HubFiles(REPOSITORY, (FILES["2.1"],), "Apache-2.0"), LAION_TOKENIZER)
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class HPSv2(ModelReward):
         if self.version not in FILES:
             raise ConfigurationError(f"HPSv2: expected version {' or '.join(FILES)}, got {version!r}")
         self.num_heads = (num_heads[0], num_heads[1])
-        self.weights = (
-            Weights(checkpoint, (FILES[self.version],), "Apache-2.0", revision),
-            Weights(tokenizer, LAION_TOKENIZER.files, LAION_TOKENIZER.licence),
+        self.hub_files = (
+            HubFiles(checkpoint, (FILES[self.version],), "Apache-2.0", revision),
+            HubFiles(tokenizer, LAION_TOKENIZER.files, LAION_TOKENIZER.licence),
         )
 
     def load(self, device: torch.device) -> CLIP:
         """Reads the checkpoint and the tokenizer."""
-        checkpoint, folder = (weights.fetch() for weights in self.weights)
+        checkpoint, folder = (weights.fetch() for weights in self.hub_files)
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id != END_OF_TEXT:
             raise ConfigurationError(
@@ -112,7 +112,7 @@ def clean(prompt: str) -> str:
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
 
 
-@shared
+@cached_weak
 def _load_model(file: Path, num_heads: tuple[int, int], dtype: str, device: torch.device) -> Any:
     """CLIPModel from an open_clip checkpoint."""
     from transformers import CLIPModel

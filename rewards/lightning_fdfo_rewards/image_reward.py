@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights, shared
+from lightning_fdfo.hub import HubFiles, cached_weak
 from lightning_fdfo_rewards.clip import count_longer, load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, LinearHead, ModelReward, from_tensors, frozen
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
 
 REPOSITORY = "THUDM/ImageReward"
-BERT_TOKENIZER = Weights("google-bert/bert-base-uncased", ("tokenizer*.json",), "Apache-2.0")
+BERT_TOKENIZER = HubFiles("google-bert/bert-base-uncased", ("tokenizer*.json",), "Apache-2.0")
 NUM_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the head's output over the authors' data: they make the score a standard one."""
@@ -47,16 +47,16 @@ class ImageReward(ModelReward):
             is no such checkpoint.
 
     Example:
-        >>> [weights.files[0] for weights in ImageReward().weights]
+        >>> [weights.files[0] for weights in ImageReward().hub_files]
         ['ImageReward.pt', 'med_config.json', 'tokenizer*.json']
 
     Source: Xu et al. 2023, arXiv 2304.05977.
     """
 
     needs = "the prompt; 35 tokens are read"
-    weights = (
-        Weights(REPOSITORY, ("ImageReward.pt",), "Apache-2.0"),
-        Weights(REPOSITORY, ("med_config.json",), "Apache-2.0"),
+    hub_files = (
+        HubFiles(REPOSITORY, ("ImageReward.pt",), "Apache-2.0"),
+        HubFiles(REPOSITORY, ("med_config.json",), "Apache-2.0"),
         BERT_TOKENIZER,
     )
 
@@ -73,15 +73,15 @@ class ImageReward(ModelReward):
     ) -> None:
         super().__init__(dtype, batch_size, device)
         self.num_heads = num_heads
-        self.weights = (
-            Weights(checkpoint, ("ImageReward.pt",), "Apache-2.0", revision),
-            Weights(config, ("med_config.json",), "Apache-2.0", revision),
-            Weights(tokenizer, BERT_TOKENIZER.files, BERT_TOKENIZER.licence),
+        self.hub_files = (
+            HubFiles(checkpoint, ("ImageReward.pt",), "Apache-2.0", revision),
+            HubFiles(config, ("med_config.json",), "Apache-2.0", revision),
+            HubFiles(tokenizer, BERT_TOKENIZER.files, BERT_TOKENIZER.licence),
         )
 
     def load(self, device: torch.device) -> BLIPWithHead:
         """Reads the checkpoint and the tokenizer."""
-        checkpoint, config, tokenizer = (weights.fetch() for weights in self.weights)
+        checkpoint, config, tokenizer = (weights.fetch() for weights in self.hub_files)
         self._tokenizer = load_tokenizer(tokenizer)
         return _load_model(checkpoint, config, self.num_heads, self.dtype, device)
 
@@ -132,7 +132,7 @@ class BLIPWithHead(nn.Module):
         return (self.head(hidden[:, 0].float())[:, 0] - MEAN) / STD  # type: ignore[no-any-return]
 
 
-@shared
+@cached_weak
 def _load_model(file: Path, config: Path, num_heads: int, dtype: str, device: torch.device) -> BLIPWithHead:
     from transformers import BlipTextModel, BlipVisionModel
 

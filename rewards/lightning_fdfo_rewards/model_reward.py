@@ -38,7 +38,7 @@ class ModelReward(Reward):
 
     @abstractmethod
     def load(self, device: torch.device) -> Any:
-        """What `score` needs, on `device`; the weights come from a function that is `shared`."""
+        """What `score` needs, on `device`; the weights come from a function that is `cached_weak`."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

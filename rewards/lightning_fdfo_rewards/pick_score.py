@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 from lightning_fdfo_rewards.clip import CLIP, load_clip
 from lightning_fdfo_rewards.model_reward import DType, ModelReward
 from lightning_fdfo_rewards.preprocessing import crop_to_square, normalize
 
-PICK_SCORE = Weights("yuvalkirstain/PickScore_v1")
-LAION_TOKENIZER = Weights("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer*.json",), "MIT")
+PICK_SCORE = HubFiles("yuvalkirstain/PickScore_v1")
+LAION_TOKENIZER = HubFiles("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer*.json",), "MIT")
 
 
 class PickScore(ModelReward):
@@ -33,7 +33,7 @@ class PickScore(ModelReward):
         ConfigurationError: an option out of range; from `fetch`: weights that cannot be had.
 
     Example:
-        >>> [weights.source for weights in PickScore().weights]
+        >>> [weights.source for weights in PickScore().hub_files]
         ['yuvalkirstain/PickScore_v1', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K']
 
     Source: Kirstain et al. 2023, arXiv 2305.01569.
@@ -41,7 +41,7 @@ class PickScore(ModelReward):
 
     range = (-100.0, 100.0)
     needs = "the prompt; 77 tokens are read"
-    weights = (PICK_SCORE, LAION_TOKENIZER)
+    hub_files = (PICK_SCORE, LAION_TOKENIZER)
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class PickScore(ModelReward):
         device: str | None = None,
     ) -> None:
         super().__init__(dtype, batch_size, device)
-        self.weights = (
-            Weights(pretrained, revision=revision, licence=PICK_SCORE.licence),
-            Weights(tokenizer, LAION_TOKENIZER.files, LAION_TOKENIZER.licence),
+        self.hub_files = (
+            HubFiles(pretrained, revision=revision, licence=PICK_SCORE.licence),
+            HubFiles(tokenizer, LAION_TOKENIZER.files, LAION_TOKENIZER.licence),
         )
 
     def load(self, device: torch.device) -> CLIP:
         """Reads the model and the tokenizer."""
-        model, tokenizer = (weights.fetch() for weights in self.weights)
+        model, tokenizer = (weights.fetch() for weights in self.hub_files)
         return load_clip(model, tokenizer, self.dtype, device)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import Weights, shared
+from lightning_fdfo.hub import HubFiles, cached_weak
 from lightning_fdfo.reward import Metadata
 from lightning_fdfo_rewards.clip import load_tokenizer
 from lightning_fdfo_rewards.model_reward import DType, ModelReward, frozen
 from lightning_fdfo_rewards.preprocessing import normalize
 
-QWEN = Weights("Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0")
+QWEN = HubFiles("Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0")
 TEMPLATE = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
 
 _CONTROL = re.compile(r"<\|\w+\|>")
@@ -56,7 +56,7 @@ class VLMScore(ModelReward):
 
     range = (0.0, 100.0)
     needs = "the prompt"
-    weights = (QWEN,)
+    hub_files = (QWEN,)
 
     def __init__(
         self,
@@ -80,9 +80,9 @@ class VLMScore(ModelReward):
         self.template = template
         self.yes, self.no = yes, no
         self.image_size = image_size
-        self.weights = (Weights(pretrained, revision=revision, licence="see its repository"),)
+        self.hub_files = (HubFiles(pretrained, revision=revision, licence="see its repository"),)
         if pretrained == QWEN.source:
-            self.weights = (Weights(pretrained, revision=revision, licence=QWEN.licence),)
+            self.hub_files = (HubFiles(pretrained, revision=revision, licence=QWEN.licence),)
 
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError for a prompt that would be read as a part of the conversation's frame."""
@@ -95,7 +95,7 @@ class VLMScore(ModelReward):
 
     def load(self, device: torch.device) -> Judge:
         """Reads the model and the tokenizer; what can be checked without the weights is checked first."""
-        folder = self.weights[0].fetch()
+        folder = self.hub_files[0].fetch()
         frame = _read_frame(folder, self.image_size)
         tokenizer = load_tokenizer(folder)
         answers = tuple(_single_token(tokenizer, answer) for answer in (self.yes, self.no))
@@ -203,7 +203,7 @@ def _single_token(tokenizer: Any, answer: str) -> int:
     return int(numbers[0])
 
 
-@shared
+@cached_weak
 def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool) -> Any:
     from transformers import AutoModelForImageTextToText
 

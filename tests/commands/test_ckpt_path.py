@@ -20,7 +20,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.flows.lora_contents import lora_in_file
 from lightning_fdfo.flows.lora_files import add_lora, adopt_lora, save_lora
-from lightning_fdfo.hub import Weights
+from lightning_fdfo.hub import HubFiles
 
 ROOT = Path(__file__).parents[2]
 LORA = "pytorch_lora_weights.safetensors"
@@ -195,7 +195,7 @@ def test_predict_needs_no_reward(run, monkeypatch):
     """Neither its weights nor prompts that it can score."""
     prompts = run.parent / "free.txt"
     prompts.write_text("a red cat\n")
-    monkeypatch.setattr(Weights, "fetch", lambda self: pytest.fail("weights were asked for"))
+    monkeypatch.setattr(HubFiles, "fetch", lambda self: pytest.fail("weights were asked for"))
     more = ["--model.rewards={OCR: 1.0, PickScore: 1.0}", f"--data.predict={prompts}"]
     judge("predict", run, *more)
 

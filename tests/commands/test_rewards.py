@@ -19,10 +19,10 @@ import torch
 from huggingface_hub import constants
 from PIL import Image, ImageDraw, ImageFont
 
-from lightning_fdfo import Reward, reward
+from lightning_fdfo import Reward
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward import load_reward
+from lightning_fdfo.reward import load_reward, registry
 
 FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf"
 SIZES = []
@@ -175,10 +175,10 @@ def plugins(monkeypatch):
 
     def install(**entries):
         found = [
-            EntryPoint(name, value, reward.ENTRY_POINT_GROUP)._for(Distribution(distribution))
+            EntryPoint(name, value, registry.ENTRY_POINT_GROUP)._for(Distribution(distribution))
             for name, (value, distribution) in entries.items()
         ]
-        monkeypatch.setattr(reward, "entry_points", lambda group: found)
+        monkeypatch.setattr(registry, "entry_points", lambda group: found)
 
     return install
 

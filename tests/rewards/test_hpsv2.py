@@ -34,7 +34,7 @@ def scores(monkeypatch):
 
     def compute(checkpoint=GOLDEN / "hpsv2_public.pt"):
         monkeypatch.setattr(hpsv2, "load_tokenizer", GoldenTokenizer)
-        monkeypatch.setattr(hpsv2.Weights, "fetch", lambda self: checkpoint)
+        monkeypatch.setattr(hpsv2.HubFiles, "fetch", lambda self: checkpoint)
         reward = HPSv2(num_heads=(2, 2))
         reward.setup(torch.device("cpu"))
         return torch.stack([reward(image.expand(4, -1, -1, -1), PROMPTS, [{}] * 4) for image in IMAGES], dim=1)

@@ -175,7 +175,7 @@ def test_what_is_no_such_model_is_named(folders, model_rewards, monkeypatch, tmp
 
 
 def test_the_version_may_come_as_a_number_and_must_exist():
-    assert HPSv2(version=2.1).weights[0].files == ("HPS_v2.1_compressed.pt",)
+    assert HPSv2(version=2.1).hub_files[0].files == ("HPS_v2.1_compressed.pt",)
     with pytest.raises(ConfigurationError, match=r"expected version 2.0 or 2.1, got '3'"):
         HPSv2(version="3")
 
