@@ -1,4 +1,4 @@
-"""Callbacks: what watches a run, and writes into its folder."""
+"""Callbacks that monitor a run, and write pictures, tables and files into its folder."""
 
 from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.curves import Curves

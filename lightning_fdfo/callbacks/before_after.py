@@ -1,4 +1,4 @@
-"""BeforeAfter: the fixed validation prompts, painted and judged before and after training."""
+"""BeforeAfter: images and scores of the fixed validation prompts, before and after training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_fdfo.callbacks.pictures import image_grid, save_image
-from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import belongs_to_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
 from lightning_fdfo.parallel import sum_over_processes
 
 
 class BeforeAfter(Callback):
-    """Judges the fixed validation prompts before and after training.
+    """Evaluates the fixed validation prompts before and after training.
 
     The validation before any step (Lightning's sanity check; set `num_sanity_val_steps: -1`) and the last one of `fit`
     are compared: grids of their first images, each above its prompt, go to `before.png` and `after.png`, all mean
@@ -30,7 +30,7 @@ class BeforeAfter(Callback):
     Args:
         num_images: in a grid.
         columns: of the grid.
-        zoom: pixels a pixel.
+        zoom: pixels of the grid for each pixel of an image, per side.
     """
 
     def __init__(self, num_images: int = 24, columns: int = 6, zoom: int = 2) -> None:
@@ -50,12 +50,11 @@ class BeforeAfter(Callback):
         return {"before": self.before, "after": self.after, "after_epoch": self.after_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores them."""
         self.before, self.after = state_dict["before"], state_dict["after"]
         self.after_epoch = state_dict["after_epoch"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError if the base model would be judged on a part of the prompts only."""
+        """Raises ConfigurationError if the base model would be evaluated on some of the prompts only."""
         if stage == "fit" and trainer.num_sanity_val_steps not in (0, float("inf")):
             raise ConfigurationError(
                 f"BeforeAfter: expected trainer.num_sanity_val_steps -1 (or 0, for no comparison), "
@@ -63,7 +62,6 @@ class BeforeAfter(Callback):
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts anew."""
         self._images, self._prompts, self._sums = [], [], {}
 
     def on_validation_batch_end(
@@ -80,7 +78,7 @@ class BeforeAfter(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the grid; the sanity check's is `before`, each later one `after`."""
-        if not judges_a_fit(trainer):
+        if not belongs_to_fit(trainer):
             return
         names = list(self._sums)
         sums = sum_over_processes([self._sums[name][0] for name in names])

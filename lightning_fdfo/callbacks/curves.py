@@ -1,4 +1,4 @@
-"""Curves: what a run has logged, over epochs, as pictures."""
+"""Curves: the logged numbers of a run over epochs, as pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, render, save_image
-from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import belongs_to_fit, run_folder
 
 History = dict[str, list[tuple[int, float]]]
 """Name of a logged number -> (epoch, value), ...; epoch 0 is before training, 1 after the first."""
@@ -33,7 +33,7 @@ class Curves(Callback):
     """Draws the mean reward of rollouts and validations to `reward_curve.png`, and all else to `curves.png`.
 
     At the end of `fit`, into the run's folder, and to loggers that take images. In `curves.png` each number has a
-    little plot of its own, for their units differ: rewards, their shares of the pull, ties, validation, image
+    small plot of its own, because their units differ: rewards, their shares of the pull, ties, validation, image
     statistics, and training.
     """
 
@@ -41,20 +41,16 @@ class Curves(Callback):
         self.history: History = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the curves up where they stopped."""
         self.history = state_dict["history"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes a validation's means."""
-        if judges_a_fit(trainer):
+        if belongs_to_fit(trainer):
             self._note(trainer, 0 if trainer.sanity_checking else trainer.current_epoch + 1, validation=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes an epoch's means."""
         self._note(trainer, trainer.current_epoch + 1, validation=False)
 
     def _note(self, trainer: Trainer, epoch: int, validation: bool) -> None:
@@ -64,7 +60,6 @@ class Curves(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws."""
         for name, figure in (("reward_curve", reward_curve(self.history)), ("curves", curves(self.history))):
             picture = render(figure)
             save_image(picture, run_folder(trainer) / f"{name}.png")
@@ -86,7 +81,7 @@ def reward_curve(history: History) -> Figure:
 
 
 def curves(history: History, columns: int = 5) -> Figure:
-    """A little plot a number, in the order of `PANELS`, row after row; a panel's first plot names it."""
+    """A small plot for each number, in the order of `PANELS`, row after row; a panel's first plot has its title."""
     plots = []
     for title, names in PANELS.items():
         found = [name for name in history if re.fullmatch(names, name)]
@@ -98,8 +93,8 @@ def curves(history: History, columns: int = 5) -> Figure:
     grid = figure.add_gridspec(
         rows, columns, left=0.05, right=0.99, bottom=0.25 / height, top=1 - 0.25 / height, hspace=0.36, wspace=0.4
     )
-    for place, (name, label, title) in enumerate(plots):
-        axes = figure.add_subplot(grid[divmod(place, columns)])
+    for index, (name, label, title) in enumerate(plots):
+        axes = figure.add_subplot(grid[divmod(index, columns)])
         _plot(axes, history[name], label)
         axes.set_ylabel(title, fontsize=9, fontweight="bold")
     return figure
@@ -117,7 +112,7 @@ def plain_axes(axes: Axes, values: Sequence[float]) -> None:
     """Four ticks or fewer, of full numbers; what is constant but for rounding is a flat line.
 
     Args:
-        axes: of a little plot over epochs.
+        axes: of a small plot over epochs.
         values: drawn in it.
     """
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

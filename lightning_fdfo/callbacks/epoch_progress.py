@@ -1,4 +1,4 @@
-"""EpochProgress: a bar over epochs on a terminal, and a line an epoch in a file."""
+"""EpochProgress: a bar over epochs on a terminal, or a line for each epoch in a file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ class EpochProgress(TQDMProgressBar):
         super().on_train_start()
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Takes the time."""
         self._epoch_started, self._validation = time.perf_counter(), ""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -136,18 +135,15 @@ class EpochProgress(TQDMProgressBar):
         return "Validation before training"
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any, **options: Any) -> None:
-        """Names the bar; there is one loader."""
         super().on_validation_batch_start(trainer, *args, **options)
         name = self.sanity_check_description if trainer.sanity_checking else self.validation_description
         self.val_progress_bar.set_description(name)
 
     def on_test_batch_start(self, *args: Any, **options: Any) -> None:
-        """Names the bar."""
         super().on_test_batch_start(*args, **options)
         self.test_progress_bar.set_description(self.test_description)
 
     def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
-        """Names the bar."""
         super().on_predict_batch_start(*args, **options)
         self.predict_progress_bar.set_description(self.predict_description)
 

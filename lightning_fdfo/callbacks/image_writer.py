@@ -1,4 +1,4 @@
-"""ImageWriter: what `predict` paints, as files that say how they were made."""
+"""ImageWriter: the images of `predict`, as files that say how they were made."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from lightning_fdfo.callbacks.pictures import pixels, save_image
-from lightning_fdfo.callbacks.provenance import describe_judged
+from lightning_fdfo.callbacks.provenance import describe_weights
 from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
 from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.files import write_text
 from lightning_fdfo.module import FDFOModule
 
 LISTING = "images.jsonl"
-"""An object an image, in order: its file's name, and what is in the file beside the picture."""
+"""One JSON object for each image, in order: its file's name, and the text chunks of the file."""
 MAX_WORDS = 40
 """Characters of a prompt in a file's name."""
 
@@ -27,8 +27,8 @@ MAX_WORDS = 40
 class ImageWriter(Callback):
     """Writes each image as a PNG into `predict/0`, `predict/1`, … of the run's folder, and a list of them.
 
-    The PNG's text chunks hold prompt, negative prompt, seed, index (the prompt's place in its file), repeat (which of
-    its images), size, sigmas, guidance, base model, the weights that were judged with their SHA-256, and the version of
+    The PNG's text chunks hold prompt, negative prompt, seed, index (of the prompt in its file), repeat (which of
+    its images), size, sigmas, guidance, base model, the evaluated weights with their SHA-256, and the version of
     this package. Seed, index and repeat alone give the latents. The command line adds it to `predict`.
     """
 
@@ -54,7 +54,7 @@ class ImageWriter(Callback):
                 round(sigma, 6)
                 for sigma in module.flow.sigmas(sampling.num_steps, sampling.height, sampling.width).tolist()
             ],
-            **describe_judged(trainer, module),
+            **describe_weights(trainer, module),
             "software": f"lightning-fdfo {version('lightning-fdfo')}",
         }
 
@@ -75,15 +75,15 @@ class ImageWriter(Callback):
         return own | {"index": row.place, "repeat": row.repeat} | self._settings
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the list: each device its part, the first one all."""
-        parts = [self.folder / f".{LISTING}.{rank}" for rank in range(trainer.world_size)]
-        write_text(parts[trainer.global_rank], "".join(f"{line}\n" for line in self._listed))
+        """Writes the list: each process lists its own images, and the first one joins the lists."""
+        lists = [self.folder / f".{LISTING}.{rank}" for rank in range(trainer.world_size)]
+        write_text(lists[trainer.global_rank], "".join(f"{line}\n" for line in self._listed))
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
-        write_text(self.folder / LISTING, "".join(part.read_text(encoding="utf-8") for part in parts))
-        for part in parts:
-            part.unlink()
+        write_text(self.folder / LISTING, "".join(path.read_text(encoding="utf-8") for path in lists))
+        for path in lists:
+            path.unlink()
         print(f"{len((self.folder / LISTING).read_text(encoding='utf-8').splitlines())} images are in {self.folder}")
 
 

@@ -1,4 +1,4 @@
-"""MetricsWriter: what `test` has computed, as files and as a table."""
+"""MetricsWriter: the results of `test`, as files and as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Column, Table
 
-from lightning_fdfo.callbacks.provenance import describe_judged
+from lightning_fdfo.callbacks.provenance import describe_weights
 from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
 from lightning_fdfo.evaluation.comparison import SIDES, Estimate, Row
 from lightning_fdfo.evaluation.win_rate import WinRate
@@ -32,12 +32,11 @@ class MetricsWriter(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes and prints."""
         module = cast(FDFOModule, pl_module)
         data, rows = trainer.datamodule, module.comparison  # type: ignore[attr-defined]
         folder = numbered_folder(run_folder(trainer) / "test")
         settings = {
-            **describe_judged(trainer, module),
+            **describe_weights(trainer, module),
             "seed": module.seed,
             "num_prompts": len(data.judged_prompts),
             "images_per_prompt": data.images_per_prompt,
@@ -53,16 +52,16 @@ class MetricsWriter(Callback):
 
 def _nested(row: Row) -> dict[str, Any]:
     """A row for JSON, which has no NaN."""
-    parts = [("tuned", row.tuned), ("base", row.base), ("difference", row.difference), ("win_rate", row.win_rate)]
+    columns = [("tuned", row.tuned), ("base", row.base), ("difference", row.difference), ("win_rate", row.win_rate)]
     return {
-        name: {key: None if math.isnan(value) else value for key, value in part._asdict().items()}
-        for name, part in parts
-        if part is not None
+        name: {key: None if math.isnan(value) else value for key, value in column._asdict().items()}
+        for name, column in columns
+        if column is not None
     }
 
 
 def table_of_values(rows: list[Row]) -> str:
-    """Rows as CSV; what there is not is empty."""
+    """Rows as CSV; a value that was not computed is an empty cell."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     columns = [column for side in SIDES for column in (side, f"{side}_standard_error")]
@@ -75,7 +74,7 @@ def table_of_values(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row], confidence: float) -> Table:
-    """Rows for eyes: means ± standard errors, win rates with their intervals."""
+    """Rows for a terminal: means ± standard errors, win rates with their intervals."""
     caption = f"means ± standard errors; win rates with intervals of {confidence:.0%}"
     shown = Table(Column(no_wrap=True), *SIDES, "win rate", title="Test", caption=caption)
     for row in rows:

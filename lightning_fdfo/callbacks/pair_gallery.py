@@ -39,7 +39,7 @@ class PairGallery(Callback):
     Args:
         every_n_epochs: >= 1.
         num_pairs: drawn in a gallery, at least 1.
-        columns: pairs a row.
+        columns: pairs in a row.
 
     Raises:
         ConfigurationError: a number below 1.
@@ -125,15 +125,15 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
 
 
 def caption(parts: dict[str, float]) -> list[str]:
-    """A line a term: what it adds, and its share.
+    """A line for each term: what it adds, and its share of the sum of absolute contributions.
 
     Example:
         >>> caption({"OCR": 0.3, "small": -0.1, "watched": 0.0})
         ['OCR  +0.3  75 %', 'small  -0.1  25 %']
     """
-    pulls = sum(abs(part) for part in parts.values())
-    said = [f"{name}  {part:+.3g}  {abs(part) / pulls:.0%}".replace("%", " %") for name, part in parts.items() if part]
-    return said or ["a tie"]
+    total = sum(abs(part) for part in parts.values())
+    lines = [f"{name}  {part:+.3g}  {abs(part) / total:.0%}".replace("%", " %") for name, part in parts.items() if part]
+    return lines or ["a tie"]
 
 
 def arrange(tiles: list[Image.Image], columns: int) -> Image.Image:

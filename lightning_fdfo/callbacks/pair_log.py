@@ -1,4 +1,4 @@
-"""A table of each epoch's pairs: what each term said, and what came of it."""
+"""PairLog: a table of each epoch's pairs, with every term's scores and contribution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fdfo.rollout.scores import EpochScores
 class PairLog(Callback):
     """Writes `pairs/epoch=000.csv` and so on into the run's folder, as soon as an epoch has been rolled out.
 
-    A row a pair, of all devices, in the order of the global pair index; the columns:
+    One row for each pair of all devices, in the order of the global pair index. The columns:
 
     | column | what it holds |
     |---|---|
@@ -29,16 +29,15 @@ class PairLog(Callback):
     | `difference` | half difference of the total, first branch's; what trained |
     | `NAME/first`, `NAME/second` | a reward's score of each branch, in its own units |
     | `NAME/part` | what it added to `difference`: scaled, clipped, weighed, routed, gated |
-    | `NAME/share` | part / difference; 0 for one that had no say; empty if the difference is 0 |
+    | `NAME/share` | part / difference; 0 for one that added nothing; empty if the difference is 0 |
 
-    A cell is empty where there is nothing to tell: a score of a reward that was not to score the prompt's images, or
-    failed; differences of a dropped pair. Numbers have nine digits, which tell all float32 apart. The first process
-    writes, under a temporary name, which it then changes; an epoch that is rolled out again after a resume gives the
-    same file again.
+    A cell is empty where there is no value: a score of a reward that failed, or that was not to score the prompt's
+    images; differences of a dropped pair. Numbers have nine digits, which distinguish all float32 values. The first
+    process writes, under a temporary name, which it then changes; an epoch that is rolled out again after a resume
+    gives the same file again.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError for a module that judges no pairs."""
         if not isinstance(pl_module, FDFOModule):
             raise ConfigurationError(f"PairLog: expected an FDFOModule, got {type(pl_module).__name__}")
 

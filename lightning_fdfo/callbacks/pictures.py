@@ -26,8 +26,8 @@ def image_grid(
 
     Args:
         images: [N, 3, H, W] in [0, 1].
-        columns: images a row.
-        zoom: pixels a pixel, >= 1.
+        columns: images in a row.
+        zoom: pixels of the grid for each pixel of an image, per side; >= 1.
         gap: pixels of grey between images.
         captions: N texts, wrapped and shortened to the images' width; None for none.
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from lightning_fdfo.module import FDFOModule
 
 
-def describe_judged(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
-    """The base model, and the weights that are judged: `base`, `weights`, and their file's SHA-256.
+def describe_weights(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
+    """The base model, and the evaluated weights: `base`, `weights`, and their file's SHA-256.
 
-    Of files here the name is told, not where they lie.
+    Of a local file only the name is given, not the path.
     """
     pretrained = str(getattr(module.flow, "pretrained", type(module.flow).__name__))
     base = {"base": Path(pretrained).name if Path(pretrained).exists() else pretrained}

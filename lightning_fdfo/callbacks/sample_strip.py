@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fdfo.callbacks.captions import INK, caption_size, draw_lines, font_for, line_height, wrap
 from lightning_fdfo.callbacks.pictures import image_grid, log_image, logged_step, save_image
-from lightning_fdfo.checkpoints.run_folder import judges_a_fit, run_folder
+from lightning_fdfo.checkpoints.run_folder import belongs_to_fit, run_folder
 from lightning_fdfo.errors import ConfigurationError
 
 GAP = 2
@@ -26,16 +26,15 @@ MARGIN = 96
 class SampleStrip(Callback):
     """Writes the first images of each validation, and all of them as one strip: a column an epoch, a row a prompt.
 
-    `samples/epoch=000.png` (before training), … in the run's folder are grids, each image above its prompt; loggers
+    `samples/epoch=000.png` (before training), … in the run's folder are grids, each image above its prompt. Loggers
     that take images get them too, as `samples` at the step of the epoch's numbers, and the first as `samples/before`
-    at the step of epoch 0's.
-    `samples.png` has the first images of each grid, as a strip; a run that goes on from a checkpoint extends it.
+    at the step of epoch 0's. `samples.png` has the first images of each grid, as a strip; a resumed run extends it.
 
     Args:
         num_images: in a grid, at least 1.
         columns: of a grid, at least 1.
         rows: prompts of the strip, at least 1.
-        zoom: pixels a pixel, at least 1.
+        zoom: pixels of the grid for each pixel of an image, per side; at least 1.
 
     Raises:
         ConfigurationError: a number below 1.
@@ -55,7 +54,6 @@ class SampleStrip(Callback):
         self._prompts: list[str] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts anew."""
         self._images, self._prompts = [], []
 
     def on_validation_batch_end(
@@ -69,7 +67,7 @@ class SampleStrip(Callback):
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the grid and the strip."""
-        if not judges_a_fit(trainer) or not self._images:
+        if not belongs_to_fit(trainer) or not self._images:
             return
         images, prompts = torch.cat(self._images)[: self.num_images], self._prompts[: self.num_images]
         epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
@@ -102,8 +100,8 @@ def strip(folder: Path, size: tuple[int, int], prompts: Sequence[str], rows: int
     for row, prompt in enumerate(prompts[:rows]):
         draw_lines(sheet, (GAP, head + row * (height + GAP)), wrap(prompt, side - GAP, letters, max_lines), letters)
     draw = ImageDraw.Draw(sheet)
-    for place, epoch in enumerate(sorted(epochs)):
-        left = side + GAP + place * (width + GAP)
+    for column, epoch in enumerate(sorted(epochs)):
+        left = side + GAP + column * (width + GAP)
         draw.text((left + width / 2, 1), str(epoch), fill=INK, font=font_for("", letters), anchor="ma")
         with Image.open(epochs[epoch]) as grid:
             pitch = (grid.height - GAP) // -(-len(prompts) // columns)  # of its rows: an image, its caption and a gap

@@ -61,6 +61,6 @@ def is_inside(path: str) -> bool:
     return bool(Path(path).parts) and not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
-def judges_a_fit(trainer: Trainer) -> bool:
+def belongs_to_fit(trainer: Trainer) -> bool:
     """Whether a validation belongs to `fit`, and is not the sanity check of a resumed one."""
     return trainer.state.fn == TrainerFn.FITTING and not (trainer.sanity_checking and trainer.global_step)

@@ -1,7 +1,9 @@
 """LightningCLI with FDFOModule and PromptDataModule: the commands `fit`, `validate`, `test` and `predict`.
 
-lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
-lightning-fdfo validate | test | predict --config … [--ckpt_path CHECKPOINT, LORA or HUB_NAME]
+On the command line:
+
+    lightning-fdfo fit --config configs/quickstart.yaml [--model.rewards.OCR 0.3 …]
+    lightning-fdfo validate | test | predict --config … [--ckpt_path CHECKPOINT, LORA or HUB_NAME]
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The commands `lightning-fdfo rewards`: list what is installed, score a folder of images, check a plugin.
 
-lightning-fdfo rewards
-lightning-fdfo rewards score --reward OCR --reward JPEGSize FOLDER --prompts prompts.txt --format csv
-lightning-fdfo rewards check MyReward
+On the command line:
+
+    lightning-fdfo rewards
+    lightning-fdfo rewards score --reward OCR --reward JPEGSize FOLDER --prompts prompts.txt --format csv
+    lightning-fdfo rewards check MyReward
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The command `lightning-fdfo serve-reward NAME`: loads a reward, and answers RemoteRewards until it is stopped.
 
-lightning-fdfo serve-reward OCR --port 8765
-lightning-fdfo serve-reward HPSv2 --init_args '{version: "2.1"}' --device cuda
+On the command line:
+
+    lightning-fdfo serve-reward OCR --port 8765
+    lightning-fdfo serve-reward HPSv2 --init_args '{version: "2.1"}' --device cuda
 """
 
 from __future__ import annotations

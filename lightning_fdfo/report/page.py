@@ -1,6 +1,8 @@
 """The page: settings, curves, correlations, galleries and metrics of a run, with nothing to fetch.
 
-RunFiles --pictures as data URIs, plots as SVG--> template.html --> one file
+How it is made:
+
+    RunFiles --pictures as data URIs, plots as SVG--> template.html --> one file
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """What every adapter must do, tried out against the pipeline that it adapts.
 
-from lightning_fdfo.testing import check_flow_model
+In your tests:
 
-def test_it_is_a_flow_model(tmp_path):
-    check_flow_model(MyFlow(str(tiny_random_pipeline(tmp_path))))
+    from lightning_fdfo.testing import check_flow_model
+
+    def test_it_is_a_flow_model(tmp_path):
+        check_flow_model(MyFlow(str(tiny_random_pipeline(tmp_path))))
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ class EMA(Callback):
         d       = min(decay, (1 + n) / (10 + n)) with warm-up, else decay
         average = d * average + (1 - d) * weights
 
-    It starts as the weights before the first step. Validation runs with it, rollouts and training go on with the
+    It starts as the weights before the first step. Validation runs with it; rollouts and training use the
     weights themselves. A checkpoint keeps both: the weights where they always are, the average in the callback's entry.
-    `LoRAExport` writes both, see there. A run that goes on from a checkpoint without an average starts one there.
+    `LoRAExport` writes both, see there. A run that resumes from a checkpoint without an average starts one there.
 
     Args:
         decay: in (0, 1).
@@ -63,12 +63,11 @@ class EMA(Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, whole on every process, and how many steps it has seen."""
+        """The average, unsharded on every process, and how many steps it has seen."""
         average = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in self.average.items()}
         return {"num_updates": self.num_updates, "average": average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the average up where it stopped."""
         self.num_updates, self.average = state_dict["num_updates"], dict(state_dict["average"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -87,7 +86,6 @@ class EMA(Callback):
         self._start(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, where there is no sanity check."""
         self._start(pl_module)
         self._step = trainer.global_step
 
@@ -112,7 +110,7 @@ class EMA(Callback):
     # Validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Swaps the average in; a checkpoint that is written before it is out again still holds the weights."""
+        """Swaps the average in; a checkpoint that is written meanwhile still holds the weights."""
         if not self.num_updates:
             return
         if trainer.state.fn != TrainerFn.FITTING:  # nothing else has brought a checkpoint's average to the device
@@ -129,19 +127,15 @@ class EMA(Callback):
         self._swap_back(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As for a validation."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As after one."""
         self._swap_back(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As for a validation."""
         self.on_validation_start(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As after one."""
         self._swap_back(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -3,9 +3,12 @@
 import ast
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -126,3 +129,46 @@ def test_files_that_a_docstring_or_comment_names_exist(path):
     ):
         places = [path.parent, house.PACKAGE, ROOT, ROOT / "docs"]
         assert name == "README.md" or any((place / name).exists() for place in places), name
+
+
+def docstrings(kinds):
+    for path in house.sources().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds) and (text := ast.get_docstring(node, clean=not isinstance(node, ast.Module))):
+                yield path.relative_to(ROOT), text
+
+
+def test_blocks_in_docstrings_are_indented_and_are_what_they_look_like():
+    """A block of Python or YAML, such as in the docstring of `reward/term.py`, keeps its indentation, and parses.
+
+    ruff formats an indented block away, unless an unindented sentence stands between it and the first line.
+    """
+    found = []
+    for path, text in docstrings(ast.Module | ast.ClassDef | ast.FunctionDef):
+        assert not re.search(r"^(?:from \S+ import |import \w+$|def \w+\(|lightning-fdfo .*--)", text, re.MULTILINE), (
+            path
+        )
+        for block in re.findall(r"(?:^|\n\n)((?: {4}.*(?:\n|$)|\n(?= {4}))+)", text):
+            code = textwrap.dedent(block)
+            if re.match(r"(?:from|import|def|class) \w", code):
+                ast.parse(code)
+            elif re.match(r"\w+:\n +\S", code):
+                assert isinstance(yaml.safe_load(code), dict), path
+            else:
+                continue
+            found.append(path.name)
+    assert {"term.py", "flow_checks.py"} <= set(found)
+
+
+def test_only_hooks_of_lightning_have_no_docstring():
+    hooks = {name for cls in (Callback, LightningModule, LightningDataModule) for name in dir(cls)}
+    bare = [
+        f"{path.relative_to(ROOT)}: {cls.name}.{method.name}"
+        for path in house.sources().values()
+        for cls in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(cls, ast.ClassDef) and not cls.name.startswith("_")
+        for method in cls.body
+        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+        if ast.get_docstring(method) is None and method.name not in hooks
+    ]
+    assert not bare
