@@ -46,7 +46,7 @@ def pretrain(monkeypatch):
 def test_pretraining_writes_a_pipeline_that_the_adapter_loads(pretrain, monkeypatch, tmp_path):
     from lightning_fdfo.flows import StableDiffusion3
 
-    arguments = ["pretrain.py", f"--output={tmp_path}/model", "--steps=2", "--autoencoder_steps=40", "--num_images=64"]
+    arguments = ["pretrain.py", f"--output={tmp_path}/model", "--steps=2", "--autoencoder_steps=4", "--num_images=64"]
     monkeypatch.setattr(sys, "argv", arguments)
     pretrain.main()
     flow = StableDiffusion3(str(tmp_path / "model"), max_sequence_length=0)
