@@ -27,5 +27,5 @@ chaos: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml rewards/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' --editable rewards
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]' --editable rewards
 	touch $(INSTALLED)
