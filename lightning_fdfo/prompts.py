@@ -1,6 +1,6 @@
 r"""Prompts: one a line (.txt), or one JSON object a line (.jsonl).
 
-    {"prompt": "\\"427\\" in red", "negative_prompt": "blurry", "text": "427"}
+    {"prompt": "\"427\" in red", "negative_prompt": "blurry", "text": "427"}
 
 Of an object, `prompt` and `negative_prompt` are the model's; everything else is metadata for the rewards. A file may
 come from anywhere: what is no text, or no plain JSON, is told with its line, and nothing is read beyond it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from lightning_fdfo.commands.function_parser import run_function
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.export.model_card import model_card, shareable
 from lightning_fdfo.export.trained import flow_of, write_lora, write_pipeline
@@ -25,41 +25,55 @@ PICTURES = ("before.png", "after.png")
 
 def main(arguments: Sequence[str]) -> None:
     """Runs `lightning-fdfo export …`; raises ConfigurationError for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-fdfo export", description="Puts what a run has trained into a folder, with a model card."
-    )
-    parser.add_argument("folder", type=Path, help="of a run: its trainer.default_root_dir")
-    parser.add_argument("--output", type=Path, help="a new folder; default: export in that folder")
-    parser.add_argument("--ckpt_path", type=Path, help="a checkpoint of the run, in place of what it ended with")
-    parser.add_argument("--merge", action="store_true", help="also the whole pipeline, with the LoRA merged into it")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="uploads it to owner/name, as whom `hf auth login` says")
-    parser.add_argument("--private", action="store_true", help="makes the repository private, if it is new")
-    options = parser.parse_args(arguments)
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
-    if options.push_to_hub:
-        check_login(options.push_to_hub)
-    folder = export(options.folder, options.output, options.ckpt_path, options.merge, options.push_to_hub)
-    print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    if options.push_to_hub:
-        print(push(folder, options.push_to_hub, options.private))
+    run_function(export, "lightning-fdfo export", arguments)
 
 
 def export(
+    folder: Path,
+    output: Path | None = None,
+    ckpt_path: Path | None = None,
+    merge: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
+    """Puts what a run has trained into a folder, with a model card.
+
+    Args:
+        folder: of a run: its trainer.default_root_dir
+        output: a new folder; default: export in that folder
+        ckpt_path: a checkpoint of the run, in place of what it ended with
+        merge: also the whole pipeline, with the LoRA merged into it
+        push_to_hub: uploads it to owner/name, as whom `hf auth login` says
+        private: makes the repository private, if it is new
+
+    Raises:
+        ConfigurationError: nobody is logged in, before any model is loaded; or see `write_export` and `push`.
+    """
+    if push_to_hub:
+        check_login(push_to_hub)
+    output = write_export(folder, output, ckpt_path, merge, push_to_hub)
+    print(f"Written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    if push_to_hub:
+        print(push(output, push_to_hub, private))
+
+
+def write_export(
     run: Path,
     output: Path | None = None,
     checkpoint: Path | None = None,
     merge: bool = False,
     repository: str | None = None,
 ) -> Path:
-    """Writes a run's export into a new folder, which is whole or not there.
+    """Writes a run's export into a new folder, which is complete or not there.
 
     Args:
         run: the run's folder.
         output: None for `export` in it.
         checkpoint: None for what the run ended with.
         merge: also writes the whole pipeline, with the LoRA merged; full fine-tuning always does.
-        repository: hub name that the card tells to load from.
+        repository: hub name from which the card's code loads.
 
     Returns:
         Where it is.
@@ -81,8 +95,8 @@ def export(
         if has_lora:
             write_lora(flow, run, files.config, checkpoint, partial)
         if merge or not has_lora:
-            lora, place = (partial, partial / "pipeline") if has_lora else (None, partial)
-            write_pipeline(flow_of(files.config), lora, checkpoint, place)
+            lora, target = (partial, partial / "pipeline") if has_lora else (None, partial)
+            write_pipeline(flow_of(files.config), lora, checkpoint, target)
         pictures = [name for name in PICTURES if (run / name).is_file()]
         for name in pictures:
             shutil.copyfile(run / name, partial / name)

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_fdfo.commands.function_parser import run_function
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
 from lightning_fdfo.report.page import render_page
 from lightning_fdfo.report.run_files import RunFiles
 
 GENERATOR = 'name="generator" content="lightning-fdfo report"'
-"""What every report has near its head, by which one may be written anew."""
+"""Every report has it near its head: only a file with it is written over."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs `lightning-fdfo report …`; raises ConfigurationError for what the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-fdfo report", description="Writes one HTML page about a run, which needs no network to be read."
-    )
-    parser.add_argument("folder", type=Path, help="of a run: its trainer.default_root_dir")
-    parser.add_argument("--output", type=Path, help="default: report.html in that folder")
-    options = parser.parse_args(arguments)
-    path = write_report(options.folder, options.output)
+    path = run_function(write_report, "lightning-fdfo report", arguments)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Writes the report of a run's folder; an earlier report is written anew, another file is not.
+    """Writes one HTML page about a run, which needs no network to be read.
+
+    An earlier report is replaced, another file is not.
 
     Args:
-        folder: the run's.
-        output: None for `report.html` in it.
+        folder: of a run: its trainer.default_root_dir
+        output: default: report.html in that folder
 
     Returns:
-        Where it is.
+        Where the page is.
 
     Raises:
         ConfigurationError: no run, a file that cannot be read or written, or one in the way that is no report.

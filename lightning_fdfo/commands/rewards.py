@@ -9,18 +9,18 @@ On the command line:
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fdfo.commands.score_folder import IMAGE_SUFFIXES, output_form, parse_device, score_folder, write_scores
+from lightning_fdfo.commands.function_parser import FunctionParser, run_function
+from lightning_fdfo.commands.option_values import parse_device, parse_init_args, parse_yaml
+from lightning_fdfo.commands.score_folder import output_form, score_folder, write_scores
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward.base import Reward
@@ -28,7 +28,6 @@ from lightning_fdfo.reward.function import FunctionReward
 from lightning_fdfo.reward.registry import available_rewards, load_reward, load_reward_class
 from lightning_fdfo.testing.reward_checks import run_checks
 
-FORMATS = ("table", "csv", "json")
 OFFICIAL = (
     "Aesthetic",
     "CLIPScore",
@@ -52,56 +51,19 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigurationError, RewardError: what the user or a plugin's author can mend.
     """
-    options = _parser().parse_args(arguments)
-    if options.command == "check":
-        return print_checks(options.name, parse_init_args(options.init_args), options.prompts, options.device)
-    if options.command == "score":
-        output = Path(options.output) if options.output else None
-        form = output_form(options.format, output)
-        rows = score_folder(
-            Path(options.folder),
-            parse_rewards(options.reward),
-            Path(options.prompts) if options.prompts else None,
-            device=options.device,
-            batch_size=options.batch_size,
-        )
-        write_scores(rows, form, output)
-    else:
-        list_rewards()
+    word, prog = next(iter(arguments), ""), "lightning-fdfo rewards"
+    if word == "score":
+        run_function(score, f"{prog} score", arguments[1:])
+        return 0
+    if word == "check":
+        return run_function(check, f"{prog} check", arguments[1:])
+    parser = FunctionParser(prog=prog, description="Lists the installed rewards.")
+    commands = parser.add_subcommands(required=False, metavar="[score | check]", description=None)
+    commands.add_subcommand("score", FunctionParser(), help="score a folder of images")
+    commands.add_subcommand("check", FunctionParser(), help="check that a reward keeps the contract")
+    parser.parse_args(arguments)
+    list_rewards()
     return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """Says an error in one line, as the rest of the command does."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises ConfigurationError."""
-        raise ConfigurationError(f"{self.prog}: {message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lightning-fdfo rewards", description="Lists the installed rewards.")
-    commands = parser.add_subparsers(dest="command", metavar="[score | check]", parser_class=Parser)
-    score = commands.add_parser("score", help="score a folder of images", description="Scores a folder of images.")
-    score.add_argument("folder", help=f"with images: {', '.join(IMAGE_SUFFIXES)}; taken in the order of their names")
-    score.add_argument(
-        "--reward", action="append", required=True, metavar="REWARD",
-        help="a name, a dotted path, or as in a configuration: '{new: {reward: {class_path: HPSv2, init_args: …}}}'; "
-        "may come several times",
-    )  # fmt: skip
-    score.add_argument("--prompts", help="a .txt with a line an image, or a .jsonl that names its `image`s")
-    score.add_argument("--format", choices=FORMATS, help="table (default), csv or json")
-    score.add_argument("--output", help="a new .csv or .json; otherwise standard output")
-    score.add_argument("--device", default="cpu", help="default: cpu")
-    score.add_argument("--batch_size", type=int, default=32, help="images at once; default: 32")
-    check = commands.add_parser(
-        "check", help="check that a reward keeps the contract", description="Checks that a reward keeps the contract."
-    )
-    check.add_argument("name", help="a name, or a dotted path")
-    check.add_argument("--init_args", default="{}", help="options as YAML: '{version: \"2.0\"}'")
-    check.add_argument("--prompts", help="a .txt or .jsonl with four prompts, if the sample's do not suit")
-    check.add_argument("--device", default="cpu", help="default: cpu")
-    return parser
 
 
 # List
@@ -168,6 +130,33 @@ def _listing(name: str, entry: EntryPoint) -> Listing:
 # Score
 
 
+def score(
+    folder: Path,
+    *,
+    reward: list[str],
+    prompts: Path | None = None,
+    format: Literal["table", "csv", "json"] | None = None,
+    output: Path | None = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> None:
+    """Scores a folder of images.
+
+    Args:
+        folder: with images: .png, .jpg, .jpeg, .webp, .bmp; taken in the order of their names
+        reward: a name, a dotted path, or as in a configuration:
+            '{new: {reward: {class_path: HPSv2, init_args: …}}}'; may come several times
+        prompts: a .txt with a line an image, or a .jsonl that names its `image`s
+        format: table (default), csv or json
+        output: a new .csv or .json; otherwise standard output
+        device: of rewards that have none of their own
+        batch_size: images at once
+    """
+    form = output_form(format, output)
+    rows = score_folder(folder, parse_rewards(reward), prompts, device=device, batch_size=batch_size)
+    write_scores(rows, form, output)
+
+
 def parse_rewards(specs: Sequence[str]) -> dict[str, Any]:
     """A mixture from the command line's `--reward`s.
 
@@ -180,7 +169,7 @@ def parse_rewards(specs: Sequence[str]) -> dict[str, Any]:
     """
     terms: dict[str, Any] = {}
     for spec in specs:
-        parsed = _yaml(spec, "--reward")
+        parsed = parse_yaml(spec, "--reward")
         more = {parsed: {"reward": parsed}} if isinstance(parsed, str) else parsed
         if not isinstance(more, dict) or not all(isinstance(name, str) for name in more):
             raise ConfigurationError(f"--reward: expected a name or {{NAME: {{reward: …}}}}, got {spec!r}")
@@ -195,33 +184,28 @@ def parse_rewards(specs: Sequence[str]) -> dict[str, Any]:
 # Check
 
 
-def print_checks(name: str, init_args: Mapping[str, Any], prompts_file: str | None, device: str) -> int:
-    """Runs `check_reward` and prints a line a check; returns 1 if one failed."""
-    reward = load_reward(name, **init_args)
+def check(name: str, *, init_args: str = "{}", prompts: Path | None = None, device: str = "cpu") -> int:
+    """Checks that a reward keeps the contract.
+
+    Args:
+        name: a name, or a dotted path
+        init_args: options as YAML: '{version: "2.0"}'
+        prompts: a .txt or .jsonl with four prompts, if the sample's do not suit
+        device: where the reward runs
+
+    Returns:
+        1 if one of the checks failed, of which each prints a line; else 0.
+    """
+    reward = load_reward(name, **parse_init_args(init_args))
     sample: dict[str, Any] = {"device": str(parse_device(device))}
-    if prompts_file is not None:
-        prompts = read_prompts(prompts_file)
-        if len(prompts) != 4:
-            raise ConfigurationError(f"{prompts_file}: expected four prompts, got {len(prompts)}")
-        sample |= {"prompts": [p.text for p in prompts], "metadata": [p.metadata for p in prompts]}
+    if prompts is not None:
+        four = read_prompts(prompts)
+        if len(four) != 4:
+            raise ConfigurationError(f"{prompts}: expected four prompts, got {len(four)}")
+        sample |= {"prompts": [prompt.text for prompt in four], "metadata": [prompt.metadata for prompt in four]}
     failed = 0
-    for check, problem in run_checks(reward, **sample):
+    for what, problem in run_checks(reward, **sample):
         failed += problem is not None
-        print(f"{'FAILED' if problem else 'ok    '} {check}{f': {problem}' if problem else ''}")
+        print(f"{'FAILED' if problem else 'ok    '} {what}{f': {problem}' if problem else ''}")
     print(f"{name} breaks the contract" if failed else f"{name} keeps the contract")
     return int(failed > 0)
-
-
-def parse_init_args(text: str) -> dict[str, Any]:
-    """Options of a reward from the command line's `--init_args`; raises ConfigurationError for what is no mapping."""
-    parsed = _yaml(text, "--init_args")
-    if not isinstance(parsed, dict):
-        raise ConfigurationError(f"--init_args: expected a mapping like '{{quality: 80}}', got {text!r}")
-    return parsed
-
-
-def _yaml(text: str, option: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{option}: not YAML: {text!r}") from error

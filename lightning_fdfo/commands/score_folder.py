@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_fdfo.commands.option_values import parse_device
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import NO_TEXT, Prompt, read_prompts
 from lightning_fdfo.reward.mix import RewardMix
@@ -217,12 +218,3 @@ def print_scores(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(escape(row.image), escape(row.prompt), *(f"{row.scores[name]:.4f}" for name in names))
     Console().print(table)
-
-
-def parse_device(text: str) -> torch.device:
-    """The device, if it is here."""
-    try:
-        return torch.empty(0, device=text).device
-    except Exception as error:  # torch raises RuntimeError, AssertionError and others of its own
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigurationError(f"--device: expected one like cpu or cuda, got {text!r}: {reason}") from error

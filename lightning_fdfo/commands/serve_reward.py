@@ -8,7 +8,6 @@ On the command line:
 
 from __future__ import annotations
 
-import argparse
 import json
 import socket
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from typing import Any
 import uvicorn
 import yaml
 
-from lightning_fdfo.commands.rewards import Parser, parse_init_args
-from lightning_fdfo.commands.score_folder import parse_device
+from lightning_fdfo.commands.function_parser import run_function
+from lightning_fdfo.commands.option_values import parse_device, parse_init_args
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_loopback, read_token
 from lightning_fdfo.remote.protocol import Limits
@@ -44,57 +43,67 @@ def main(arguments: Sequence[str]) -> int:
         ConfigurationError, RewardError: see `serve`.
     """
     with suppress(KeyboardInterrupt):  # the server has shut down before it is raised again
-        serve(_parser().parse_args(arguments))
+        run_function(serve, "lightning-fdfo serve-reward", arguments)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="lightning-fdfo serve-reward",
-        description="Serves a reward to RemoteRewards in other environments or on other machines. "
-        f"The environment variable {TOKEN_VARIABLE} holds the token that they must have.",
-    )
-    parser.add_argument("name", help="a registered name, or a dotted path")
-    parser.add_argument("--init_args", default="{}", help="options as YAML: '{version: \"2.0\"}'")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs a token")
-    parser.add_argument("--port", type=int, default=8765, help="default: 8765; 0 takes a free one")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    for name, words in (("batch", "images"), ("pixels", "pixels of all images"), ("body", "bytes of images")):
-        default = getattr(LIMITS, f"max_{name}")
-        parser.add_argument(f"--max_{name}", type=int, default=default, help=f"{words} a request; default: {default}")
-    parser.add_argument("--max_waiting", type=int, default=16, help="requests at once; default: 16")
-    return parser
+def serve(
+    name: str,
+    init_args: str = "{}",
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    device: str = "cpu",
+    max_batch: int = LIMITS.max_batch,
+    max_pixels: int = LIMITS.max_pixels,
+    max_body: int = LIMITS.max_body,
+    max_waiting: int = 16,
+) -> None:
+    """Serves a reward to RemoteRewards in other environments or on other machines.
 
+    The environment variable LIGHTNING_FDFO_TOKEN holds the token that they must have.
 
-def serve(options: argparse.Namespace) -> None:
-    """Serves until it is interrupted.
+    Args:
+        name: a registered name, or a dotted path
+        init_args: options as YAML: '{version: "2.0"}'
+        host: where it listens; any other than the default needs a token
+        port: 0 takes a free one
+        device: of the reward
+        max_batch: images a request
+        max_pixels: pixels of all images a request
+        max_body: bytes of images a request
+        max_waiting: requests at once
 
     Raises:
         ConfigurationError: options that cannot work; an address that others reach, without a token.
         RewardError: the reward cannot be set up.
     """
     token = read_token()
-    if token is None and not is_loopback(options.host):
+    if token is None and not is_loopback(host):
         raise ConfigurationError(
-            f"--host {options.host}: others can reach it, and there is no token; make one, and set it on both sides: "
+            f"--host {host}: others can reach it, and there is no token; make one, and set it on both sides: "
             f'export {TOKEN_VARIABLE}="$(openssl rand -hex 32)"'
         )
-    if min(options.max_batch, options.max_pixels, options.max_body, options.max_waiting) < 1:
+    if min(max_batch, max_pixels, max_body, max_waiting) < 1:
         raise ConfigurationError("--max_batch, --max_pixels, --max_body, --max_waiting: expected numbers above 0")
-    limits = Limits(max_batch=options.max_batch, max_pixels=options.max_pixels, max_body=options.max_body)
-    with bind(options.host, options.port) as listener:
-        init_args = parse_init_args(options.init_args)
-        reward = load_reward(options.name, **init_args)
-        mix = RewardMix({options.name: RewardTerm(reward)})
-        mix.fetch()
-        mix.setup(parse_device(options.device))
-        description = describe_reward(options.name, reward, limits, _configuration(reward, init_args))
-        app = create_app(RewardService(mix, description, token, options.max_waiting))
+    limits = Limits(max_batch=max_batch, max_pixels=max_pixels, max_body=max_body)
+    options = parse_init_args(init_args)
+    with bind(host, port) as listener:
+        mix = load_mix(name, options, device)
+        description = describe_reward(name, mix.rewards[name], limits, _configuration(mix.rewards[name], options))
+        app = create_app(RewardService(mix, description, token, max_waiting))
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, http="h11", ws="none", lifespan="off",
             timeout_graceful_shutdown=MAX_SHUTDOWN_SECONDS,
         )  # fmt: skip
-        _Server(config, _announcement(options.name, options.host, listener.getsockname()[1])).run(sockets=[listener])
+        _Server(config, _announcement(name, host, listener.getsockname()[1])).run(sockets=[listener])
+
+
+def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
+    """A mixture of one reward, set up on a device; raises as `serve` does."""
+    mix = RewardMix({name: RewardTerm(load_reward(name, **options))})
+    mix.fetch()
+    mix.setup(parse_device(device))
+    return mix
 
 
 class _Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """The README's commands parse, with its configuration; its Python runs; its pictures exist; it is short."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -10,7 +11,8 @@ import yaml
 
 from lightning_fdfo import RewardMix
 from lightning_fdfo.__main__ import main
-from lightning_fdfo.commands.rewards import parse_init_args
+from lightning_fdfo.commands.option_values import parse_init_args
+from lightning_fdfo.commands.serve_reward import serve
 from lightning_fdfo.flows.lora_files import add_lora, save_lora
 from lightning_fdfo.reward import as_reward, available_rewards, load_reward
 
@@ -66,8 +68,9 @@ SERVING = re.findall(r"^lightning-fdfo serve-reward .*$", (ROOT / "docs/remote_r
 def test_rewards_that_are_served_are_there(command, monkeypatch):
     served = []
 
-    def load(options):
-        served.append(load_reward(options.name, **parse_init_args(options.init_args)))
+    @functools.wraps(serve)
+    def load(name, init_args, **_):
+        served.append(load_reward(name, **parse_init_args(init_args)))
 
     monkeypatch.setattr("lightning_fdfo.commands.serve_reward.serve", load)
     with pytest.raises(SystemExit) as stop:

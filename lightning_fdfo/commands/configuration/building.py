@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_fdfo.commands.configuration.parse_errors import near
+from lightning_fdfo.commands.configuration.sentences import near
 from lightning_fdfo.errors import ConfigurationError
 
 MAX_SEED = 2**32 - 1

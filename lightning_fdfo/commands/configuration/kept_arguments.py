@@ -2,7 +2,7 @@
 
 file:          model.flow: {class_path: StableDiffusion3, init_args: {max_sequence_length: 0, …}}
 command line:  --model.flow.class_path Flux
-said:          model.flow: Flux instead of the file's StableDiffusion3 keeps its max_sequence_length=0, …
+message:       model.flow: Flux instead of the file's StableDiffusion3 keeps its max_sequence_length=0, …
 """
 
 from __future__ import annotations
