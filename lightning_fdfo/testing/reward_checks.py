@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -29,37 +29,12 @@ from lightning_fdfo.reward.call import own_metadata
 from lightning_fdfo.reward.function import FunctionReward, as_reward
 from lightning_fdfo.reward.origin import describe
 from lightning_fdfo.testing.conformance import Result, examine, insist
+from lightning_fdfo.testing.reward_sample import PROMPTS, Sample, make_sample, sample_images
 
-PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
-"""Sample prompts; each has a text in quotes, for rewards that look for one."""
-TEXTS = ({"text": "427"}, {"text": "12"}, {"text": "YES"}, {"text": "58"})
-"""Their metadata."""
 HEAVY = ("diffusers", "lightning", "onnxruntime", "open_clip", "timm", "torchvision", "transformers")
 """What importing a reward's module must not import."""
 MAX_PICKLE = 100_000
 """Bytes: a configuration is smaller, weights are larger."""
-
-
-@dataclass
-class Sample:
-    """A reward and something to score."""
-
-    reward: Reward
-    images: Tensor
-    """[4, 3, 64, 64]: a slope, noise, black, white"""
-    prompts: Sequence[str]
-    metadata: Sequence[Metadata]
-    device: torch.device
-    tolerance: float
-
-    def score(self, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
-        """Scores of some of the images, of copies, so that a reward cannot change the sample."""
-        chosen = (self.images if images is None else images)[rows].clone()
-        return self.reward(chosen, list(self.prompts[rows]), [own_metadata(row) for row in self.metadata[rows]])
-
-    def close(self, scores: Tensor, others: Tensor) -> bool:
-        """Whether they agree to the tolerance, relative above 1 and absolute below."""
-        return bool(((scores - others).abs() <= self.tolerance * (1 + others.abs())).all())
 
 
 def check_reward(
@@ -104,25 +79,11 @@ def run_checks(
     tolerance: float = 1e-4,
 ) -> Iterator[Result]:
     """The checks one by one, as `check_reward` runs them; those after a fatal one are left out."""
-    scorer = as_reward(reward)
-    if metadata is None:
-        metadata = TEXTS if prompts is PROMPTS else [{}] * len(prompts)
-    if len(prompts) != 4 or len(metadata) != 4:
-        raise ValueError(f"expected four prompts and four mappings, got {len(prompts)} and {len(metadata)}")
+    sample = make_sample(as_reward(reward), prompts, metadata, device, tolerance)
     gradients = torch.is_grad_enabled()
-    sample = Sample(scorer, sample_images(64, 64).to(device), prompts, metadata, torch.device(device), tolerance)
     for result in examine(CHECKS, sample):
         torch.set_grad_enabled(gradients)  # a reward may have turned them off; one of the checks says so
         yield result
-
-
-def sample_images(height: int, width: int) -> Tensor:
-    """Four images: a slope of colours, noise, black, white: [4, 3, height, width] in [0, 1]."""
-    across = torch.linspace(0, 1, width).expand(height, width)
-    down = torch.linspace(0, 1, height)[:, None].expand(height, width)
-    slope = torch.stack([across, down, 1 - across])
-    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
-    return torch.stack([slope, noise, torch.zeros_like(slope), torch.ones_like(slope)])
 
 
 def _stays_out_of_modules(sample: Sample) -> str | None:
@@ -226,15 +187,12 @@ def _leaves_its_arguments(sample: Sample) -> str | None:
     images, prompts = sample.images.clone(), list(sample.prompts)
     metadata = [own_metadata(row) for row in sample.metadata]
     sample.reward(images, prompts, metadata)
-    changed = [
-        name
-        for name, same in (
-            ("images", torch.equal(images, sample.images)),
-            ("prompts", prompts == list(sample.prompts)),
-            ("metadata", metadata == [dict(row) for row in sample.metadata]),
-        )
-        if not same
-    ]
+    same = {
+        "images": torch.equal(images, sample.images),
+        "prompts": prompts == list(sample.prompts),
+        "metadata": metadata == [dict(row) for row in sample.metadata],
+    }
+    changed = [name for name, kept in same.items() if not kept]
     cure = "work on a copy: a mixture hands it one, other callers may not"
     return f"it changed the {' and '.join(changed)}; {cure}" if changed else None
 

@@ -16,7 +16,7 @@ import yaml
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.remote import RemoteReward
 from lightning_fdfo.reward.mix import RewardMix
-from lightning_fdfo.testing.reward_checks import PROMPTS, TEXTS, sample_images
+from lightning_fdfo.testing.reward_sample import PROMPTS, TEXTS, sample_images
 from tests.remote.conftest import TOKEN
 
 ROOT = Path(__file__).parent.parent.parent

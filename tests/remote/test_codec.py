@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lightning_fdfo.remote.codec import decode_request, encode_request
 from lightning_fdfo.remote.protocol import MAX_HEADER, MAX_PROMPT, Limits, RefusalError, ScoreRequest
-from lightning_fdfo.testing.reward_checks import sample_images
+from lightning_fdfo.testing.reward_sample import sample_images
 
 PROMPTS = ["a cat", 'ein «Ozean» in "Blau"\n\x00', "", "雨"]
 METADATA = [{"text": "427", "nested": {"a": [1, 2.5e-310, None, True]}}, {}, {"0.1": 0.1}, {"big": 2**70}]

@@ -23,7 +23,7 @@ from lightning_fdfo.remote.protocol import CONTENT_TYPE, Limits
 from lightning_fdfo.reward import FunctionReward, load_reward
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.testing import check_reward
-from lightning_fdfo.testing.reward_checks import PROMPTS, TEXTS, sample_images
+from lightning_fdfo.testing.reward_sample import PROMPTS, TEXTS, sample_images
 from tests.remote.conftest import TOKEN
 
 IMAGES = sample_images(48, 80)

@@ -20,7 +20,7 @@ from lightning_fdfo import RewardMix
 from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.reward import available_rewards, load_reward_class
 from lightning_fdfo.testing import check_reward
-from lightning_fdfo.testing.reward_checks import sample_images
+from lightning_fdfo.testing.reward_sample import sample_images
 
 NAMES = ("Aesthetic", "CLIPScore", "HPSv2", "ImageReward", "PickScore", "VLMScore-2.5", "VLMScore-3")
 PROMPTS = ["a photo of a cat", "", "word " * 400, "猫の写真 🐈, фото кошки"]
