@@ -18,7 +18,7 @@ from lightning_fdfo.callbacks.reward_hacking_monitor import Band
 from lightning_fdfo.errors import ConfigurationError, DivergenceError
 from lightning_fdfo.export.trained import trained_weights
 from lightning_fdfo.flows import DiffusersFlow, resolve_pretrained
-from lightning_fdfo.flows.diffusers_flow import to_unit_range
+from lightning_fdfo.flows.latents import to_unit_range
 from lightning_fdfo.remote import RemoteReward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm

@@ -117,10 +117,10 @@ def rewards_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def loading_code(config: Mapping[str, Any], flow: DiffusersFlow, repository: str | None, has_lora: bool) -> str:
     """Python that paints with what is exported, in plain diffusers; in its folder if it is not on the hub."""
-    sampling, pipeline = config["model"]["sampling"], flow.pipeline_class.__name__
+    sampling, pipeline = config["model"]["sampling"], flow.source.pipeline_class.__name__
     shipped = str(config["model"]["flow"]["init_args"]["pretrained"]) != resolve_pretrained(base_name(config))
     source = f"resolve_pretrained({base_name(config)!r})" if shipped else repr(base_name(config))
-    absent = [f"{name}=None" for name in flow.absent_texts] if has_lora else []
+    absent = [f"{name}=None" for name in flow.source.absent_texts] if has_lora else []
     call = {
         "height": sampling["height"],
         "width": sampling["width"],

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEGATIVE = "negative_"
+"""How the names of negative prompts' tensors begin."""
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -40,6 +43,22 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on another device."""
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def with_negatives(self, negatives: Mapping[str, Tensor]) -> Conditioning:
+        """The same, and beside it the tensors of negative prompts, which are named `negative_…`."""
+        return Conditioning({**self.tensors, **{f"{NEGATIVE}{name}": tensor for name, tensor in negatives.items()}})
+
+    def split_negatives(self) -> tuple[Conditioning, Conditioning]:
+        """The conditioning of prompts, and that of negative prompts under the same names; it may have no tensors.
+
+        Example:
+            >>> both = Conditioning({"embeds": torch.zeros(2)}).with_negatives({"embeds": torch.ones(2)})
+            >>> both.split_negatives()[1].tensors
+            {'embeds': tensor([1., 1.])}
+        """
+        positive = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(NEGATIVE)}
+        names = [name for name in positive if f"{NEGATIVE}{name}" in self.tensors]
+        return Conditioning(positive), Conditioning({name: self.tensors[f"{NEGATIVE}{name}"] for name in names})
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.flows.base import Guidance
-from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, pack, unpack
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.latents import pack, unpack
+from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class Flux(DiffusersFlow):

@@ -12,7 +12,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from lightning_fdfo.flows.base import Guidance
-from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class Flux2(DiffusersFlow):
@@ -34,7 +35,7 @@ class Flux2(DiffusersFlow):
     @property
     def guidance(self) -> Guidance:
         """By the pipeline's class and what it was distilled on."""
-        if self.index["_class_name"] == "Flux2Pipeline":
+        if self.source.index["_class_name"] == "Flux2Pipeline":
             return "embedded" if self.pipeline.transformer.config.guidance_embeds else "none"
         return "none" if self.pipeline.config.is_distilled else "classifier-free"
 
@@ -88,7 +89,8 @@ class Flux2(DiffusersFlow):
         if negative_prompts is None or self.guidance != "classifier-free":
             return call
         with self.encoding():
-            return {**call, "negative_prompt_embeds": self._encode(negative_prompts, negative=True)["prompt_embeds"]}
+            tensors = self.text_encoding.encode(negative_prompts, negative=True)
+        return {**call, "negative_prompt_embeds": tensors["prompt_embeds"]}
 
 
 def _positions(rows: int, columns: int, places: int) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.hub import download, is_hub_name
 
 UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, UnpicklingError, SafetensorError),
@@ -118,3 +121,75 @@ def check_complete(pretrained: str, part: str, missing: Sequence[str]) -> None:
         f"{f' and {more} more' if more > 0 else ''}; the files are another model's, or half "
         "downloaded: download or save them again"
     )
+
+
+def resolve_pretrained(pretrained: str) -> str:
+    """The folder of a shipped model's name, else the name itself (a folder or a hub name).
+
+    Example:
+        >>> resolve_pretrained("stabilityai/stable-diffusion-3.5-medium")
+        'stabilityai/stable-diffusion-3.5-medium'
+        >>> Path(resolve_pretrained("tiny-digits")).name
+        'tiny-digits'
+    """
+    shipped = Path(str(files("lightning_fdfo.assets"))) / pretrained
+    return str(shipped) if (shipped / "model_index.json").is_file() else pretrained
+
+
+def read_index(pretrained: str, revision: str | None) -> dict[str, Any]:
+    """`model_index.json` of a folder or of a model on the hub.
+
+    Raises:
+        ConfigurationError: it cannot be had, or is no pipeline's.
+    """
+    folder = model_folder(pretrained, revision, ["model_index.json"])
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"flow.pretrained: {pretrained} is no diffusers pipeline: cannot read its model_index.json ({error}); "
+            "name the folder that DiffusionPipeline.save_pretrained has written, or download the model again"
+        ) from error
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ConfigurationError(f"flow.pretrained: {pretrained}/model_index.json names no pipeline class")
+    return index
+
+
+def model_folder(pretrained: str, revision: str | None, files: Sequence[str]) -> Path:
+    """A folder that holds some of a model's files: its own, or the hub's cache, into which they are fetched.
+
+    Args:
+        pretrained: a folder or a hub name.
+        revision: branch, tag or commit on the hub.
+        files: names or patterns; what a repository lacks of them is not there.
+
+    Raises:
+        ConfigurationError: neither a folder nor a hub name, or they cannot be fetched.
+    """
+    if is_folder(pretrained):
+        return Path(pretrained)
+    if not is_hub_name(pretrained):
+        raise ConfigurationError(
+            f"flow.pretrained: expected a shipped model (tiny-digits), a folder or a hub name like "
+            f"'owner/model', got {pretrained!r}, which is none of these"
+        )
+    what = f"flow.pretrained: {pretrained}: its files"
+    return download(pretrained, files, what=what, command=download_command(pretrained, revision), revision=revision)
+
+
+def is_folder(pretrained: str) -> bool:
+    """Whether it is a folder, also one that may not be looked into."""
+    try:
+        return Path(pretrained).is_dir()
+    except OSError:
+        return True
+
+
+def download_command(pretrained: str, revision: str | None) -> str:
+    """What fetches a model into the hub's cache.
+
+    Example:
+        >>> download_command("owner/name", "v2")
+        'hf download owner/name --revision v2'
+    """
+    return f"hf download {pretrained}" + (f" --revision {revision}" if revision else "")

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, pack, unpack
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.latents import pack, unpack
+from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class QwenImage(DiffusersFlow):
@@ -33,7 +35,7 @@ class QwenImage(DiffusersFlow):
 
     def load(self) -> None:
         """Loads, and ties the last block's text to its image."""
-        if "pipeline" not in self._holder:
+        if not self.is_loaded:
             super().load()
             self.blocks[-1].register_forward_hook(_tie)
 

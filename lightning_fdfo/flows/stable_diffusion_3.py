@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fdfo.flows.diffusers_flow import JOINT_ATTENTION, DiffusersFlow, dynamic_shift
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.latents import dynamic_shift
+from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class StableDiffusion3(DiffusersFlow):

@@ -22,7 +22,7 @@ from lightning_fdfo.commands.cli import FDFOCLI
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora_files import add_lora, save_lora
-from lightning_fdfo.flows.registry import Adapter
+from lightning_fdfo.flows.registry import FlowFamily
 from lightning_fdfo.prompts import read_prompts
 from lightning_fdfo.reward.routing import check_route, is_for, routes
 from lightning_fdfo.reward.term import Gate, RewardTerm
@@ -85,7 +85,7 @@ def run(command, monkeypatch):
 @pytest.fixture
 def adapters(monkeypatch):
     """Classes that a page defines serve their pipelines for one test only."""
-    monkeypatch.setattr(Adapter, "registered", dict(Adapter.registered))
+    monkeypatch.setattr(FlowFamily, "registered", dict(FlowFamily.registered))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,11 @@ def test_every_block_says_what_it_is():
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page not in ("adapters.md", "evaluation.md", "mixing.md") and blocks(page, "python")],
+    [
+        page
+        for page in PAGES
+        if page not in ("model_families.md", "evaluation.md", "mixing.md") and blocks(page, "python")
+    ],
 )
 def test_python_runs(page, package, tmp_path, monkeypatch):
     """In order, in one namespace; with a LoRA in the place that the first run leaves one, and a reward's weights."""
@@ -162,7 +166,7 @@ def test_python_runs(page, package, tmp_path, monkeypatch):
         assert namespace["brightness"](images, [], []).tolist() == pytest.approx([1 / 3, 1 / 3])
 
 
-@pytest.mark.parametrize(("page", "number"), [pair for pair in OVERLAYS if pair[0] != "adapters.md"])
+@pytest.mark.parametrize(("page", "number"), [pair for pair in OVERLAYS if pair[0] != "model_families.md"])
 def test_configurations_can_be_built(page, number, package, tmp_path, monkeypatch):
     """Laid over the quick start's; a model of the hub is built as the adapter that has its name."""
     package(page)
@@ -188,7 +192,7 @@ def test_the_package_is_the_examples():
 def test_the_adapter_is_one(adapters):
     """The page's own test, of the page's own class."""
     namespace = {}
-    for block in blocks("adapters.md", "python"):
+    for block in blocks("model_families.md", "python"):
         exec(block, namespace)
     namespace["test_it_is_a_flow_model"]()
 
@@ -197,9 +201,9 @@ def test_a_configuration_can_name_the_adapter(adapters, tmp_path, monkeypatch):
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "my_flow.py").write_text(blocks("adapters.md", "python")[0], encoding="utf-8")
+    (package / "my_flow.py").write_text(blocks("model_families.md", "python")[0], encoding="utf-8")
     overlay = tmp_path / "mine.yaml"
-    overlay.write_text(blocks("adapters.md", "yaml")[0], encoding="utf-8")
+    overlay.write_text(blocks("model_families.md", "yaml")[0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
@@ -213,8 +217,8 @@ def test_a_configuration_can_name_the_adapter(adapters, tmp_path, monkeypatch):
 
 
 def test_the_hooks_are_the_base_classs():
-    hooks = re.findall(r"^\| `(\w+)` \|", PAGES["adapters.md"], flags=re.MULTILINE)
-    known = set(dir(DiffusersFlow)) | set(DiffusersFlow.__annotations__) | set(FlowModel.__annotations__)
+    hooks = re.findall(r"^\| `(\w+)` \|", PAGES["model_families.md"], flags=re.MULTILINE)
+    known = set(dir(DiffusersFlow)) | set(FlowFamily.__annotations__) | set(FlowModel.__annotations__)
     assert len(hooks) == 18
     assert set(hooks) <= known
 

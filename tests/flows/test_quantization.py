@@ -100,7 +100,7 @@ def test_int8_by_torchao_trains_a_lora_and_stays_near_the_base(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         config = quantization_config("int8_torchao", torch.float32)
-    monkeypatch.setattr("lightning_fdfo.flows.diffusers_flow.quantization_config", lambda *_: config)
+    monkeypatch.setattr("lightning_fdfo.flows.pipeline_source.quantization_config", lambda *_: config)
     for each in (plain, quantised):
         each.load()
     latents = torch.randn(2, 8, 8, 16, generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.conditioning import Conditioning
-from lightning_fdfo.flows.diffusers_flow import pack
+from lightning_fdfo.flows.latents import pack
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.qwen_image import QwenImage

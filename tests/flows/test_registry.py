@@ -8,7 +8,8 @@ import pytest
 from lightning_fdfo.commands.cli import FDFOCLI
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3
-from lightning_fdfo.flows.registry import Adapter, adapter_for, read_index
+from lightning_fdfo.flows.model_files import read_index
+from lightning_fdfo.flows.registry import FlowFamily, family_for
 
 
 def folder_of(tmp_path, name):
@@ -38,7 +39,7 @@ def test_the_pipeline_names_the_adapter(tmp_path, pipeline, adapter):
 @pytest.mark.parametrize(("pipeline", "adapter"), SERVED.items())
 def test_diffusers_has_the_pipeline_and_the_adapter_says_what_it_needs(pipeline, adapter):
     assert hasattr(diffusers, pipeline)
-    served = Adapter.registered[pipeline]
+    served = FlowFamily.registered[pipeline]
     assert served.__name__ == adapter
     assert served.lora_targets
     assert served.block_names
@@ -50,9 +51,9 @@ def test_a_pipeline_that_no_adapter_serves_is_told_with_those_that_are(tmp_path)
     with pytest.raises(ConfigurationError) as error:
         DiffusersFlow(folder)
     message = str(error.value)
-    assert "holds a StableDiffusionXLPipeline, which no adapter serves" in message
+    assert "holds a StableDiffusionXLPipeline, which no model family serves" in message
     assert all(name in message for name in SERVED)
-    assert "docs/adapters.md" in message
+    assert "docs/model_families.md" in message
 
 
 def test_an_adapter_refuses_another_ones_pipeline(tmp_path):
@@ -71,7 +72,7 @@ def test_an_heir_does_not_take_its_parents_place():
     class Heir(StableDiffusion3):
         pass
 
-    assert adapter_for("tiny-digits") is StableDiffusion3
+    assert family_for("tiny-digits") is StableDiffusion3
     assert type(Heir("tiny-digits")) is Heir
 
 

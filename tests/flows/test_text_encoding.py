@@ -12,7 +12,8 @@ import torch
 
 from lightning_fdfo import FDFOModule, LoRA, Sampling
 from lightning_fdfo.flows import Flux, StableDiffusion3, resolve_pretrained, text_cache
-from lightning_fdfo.flows.diffusers_flow import TEXTS_A_SHARD, DiffusersFlow
+from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
+from lightning_fdfo.flows.text_encoding import TEXTS_A_SHARD
 from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import brightness
 from tests.flows.test_flux import NUM_TOKENS, flux_folder

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return str(postcard_folder(tmp_path_factory.mktemp("postcards")))
 
 
-def test_an_adapter_for_a_made_up_pipeline_passes(folder):
+def test_an_family_for_a_made_up_pipeline_passes(folder):
     check_flow_model(Postcard(folder))
 
 
