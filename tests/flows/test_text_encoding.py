@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_fdfo import FDFOModule, LoRA, Sampling
+from lightning_fdfo import Batching, FDFOModule, LoRA, Sampling
 from lightning_fdfo.flows import Flux, StableDiffusion3, resolve_pretrained, text_cache
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.flows.text_encoding import TEXTS_A_SHARD
@@ -46,9 +46,7 @@ def test_a_model_without_classifier_free_guidance_encodes_no_negative_prompts(va
         sampling=Sampling(
             num_steps=2, height=32, width=48, churn=0.1, guidance_scale={"dev": 3.5, "schnell": 1.0}[variant]
         ),
-        num_pairs=2,
-        updates_per_epoch=1,
-        batch_size=4,
+        batching=Batching(num_pairs=2, updates_per_epoch=1, batch_size=4),
         lora=LoRA(rank=2, alpha=2),
     )
     fit(module, 1)
