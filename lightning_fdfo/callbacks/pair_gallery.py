@@ -64,7 +64,7 @@ class PairGallery(Callback):
             return
         flow = cast(FDFOModule, pl_module).flow
         own = own_rows(rollout.pairs)[::2]
-        parts = {name: part[own] for name, part in scores.contributions.items()}
+        added = {name: column[own] for name, column in scores.contributions.items()}
         kept = scores.kept[list(rollout.pairs)].nonzero().flatten()
         chosen = kept[spread(scores.difference[own][kept].abs(), self.num_pairs)]
         with trainer.precision_plugin.forward_context():
@@ -73,9 +73,11 @@ class PairGallery(Callback):
             images = flow.decode(ends[rows].to(pl_module.device)).float().cpu()
         tiles = [
             pair_tile(
-                images[2 * place : 2 * place + 2], rollout.prompts[pair], {n: p[pair].item() for n, p in parts.items()}
+                images[2 * index : 2 * index + 2],
+                rollout.prompts[pair],
+                {name: column[pair].item() for name, column in added.items()},
             )
-            for place, pair in enumerate(chosen.tolist())
+            for index, pair in enumerate(chosen.tolist())
         ]
         gallery = arrange(tiles, self.columns)
         folder = run_folder(trainer) / "pairs"
@@ -94,13 +96,13 @@ def spread(values: Tensor, count: int) -> Tensor:
     return order[torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()]
 
 
-def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Image:
+def pair_tile(images: Tensor, prompt: str, contributions: dict[str, float]) -> Image.Image:
     """A pair with its caption.
 
     Args:
         images: [2, 3, H, W] in [0, 1].
         prompt: of both.
-        parts: name of a term -> what it adds to the half difference of the first branch.
+        contributions: name of a term -> what it adds to the half difference of the first branch.
     """
     zoom = max(1, -(-WIDTH // (2 * images.shape[-1])))
     left, right = (
@@ -108,13 +110,13 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
         for pixel in pixels(images)
     )
     width, height = 2 * left.width + 4 * FRAME, left.height + 2 * FRAME
-    lines = wrap(prompt, width - 2 * FRAME, FONT) + caption(parts)
+    lines = wrap(prompt, width - 2 * FRAME, FONT) + caption(contributions)
     tile = Image.new("RGB", (width, height + len(lines) * line_height(FONT) + MARGIN), PAPER)
     draw = ImageDraw.Draw(tile)
-    total = sum(parts.values())
-    for place, image in enumerate((left, right)):
-        corner = place * width // 2
-        if total and (total > 0) == (place == 0):
+    total = sum(contributions.values())
+    for branch, image in enumerate((left, right)):
+        corner = branch * width // 2
+        if total and (total > 0) == (branch == 0):
             draw.rectangle((corner, 0, corner + image.width + 2 * FRAME - 1, height - 1), fill=WINNER)
         else:
             edges = (corner + FRAME - 1, FRAME - 1, corner + FRAME + image.width, FRAME + image.height)
@@ -124,15 +126,19 @@ def pair_tile(images: Tensor, prompt: str, parts: dict[str, float]) -> Image.Ima
     return tile
 
 
-def caption(parts: dict[str, float]) -> list[str]:
+def caption(contributions: dict[str, float]) -> list[str]:
     """A line for each term: what it adds, and its share of the sum of absolute contributions.
 
     Example:
         >>> caption({"OCR": 0.3, "small": -0.1, "watched": 0.0})
         ['OCR  +0.3  75 %', 'small  -0.1  25 %']
     """
-    total = sum(abs(part) for part in parts.values())
-    lines = [f"{name}  {part:+.3g}  {abs(part) / total:.0%}".replace("%", " %") for name, part in parts.items() if part]
+    total = sum(abs(value) for value in contributions.values())
+    lines = [
+        f"{name}  {value:+.3g}  {abs(value) / total:.0%}".replace("%", " %")
+        for name, value in contributions.items()
+        if value
+    ]
     return lines or ["a tie"]
 
 

@@ -73,8 +73,8 @@ def pair_rows(epoch_scores: EpochScores, epoch: int) -> Iterator[dict[str, str |
         row: dict[str, str | int] = {"epoch": epoch, "pair": pair, "prompt": prompt, "dropped": int(not kept[pair])}
         row["difference"] = _cell(difference)
         for name in values:
-            for place, branch in enumerate(("first", "second"), start=first):
-                row[f"{name}/{branch}"] = _cell(values[name][place] if scored[name][place] else None)
+            for index, branch in enumerate(("first", "second"), start=first):
+                row[f"{name}/{branch}"] = _cell(values[name][index] if scored[name][index] else None)
             row[f"{name}/part"] = _cell(added[name][first] if kept[pair] else None)
             row[f"{name}/share"] = _cell(added[name][first] / difference if difference else None)
         yield row

@@ -96,12 +96,16 @@ class Comparison:
         self.compared = [name for name in self.names if name in self.higher_is_better]
         columns = {side: _columns(each, self.names) for side, each in values.items()}
         if base is not None:
-            columns["difference"] = columns["tuned"] - columns["base"]
+            (ours, scored), (theirs, also_scored) = columns["tuned"], columns["base"]
+            columns["difference"] = (ours - theirs, scored & also_scored)
         for side, metric in self._means.items():
-            metric.update(numbers, columns[side])
+            metric.update(numbers, *columns[side])
         if self._wins is not None:
             signs = torch.tensor([1.0 if self.higher_is_better[name] else -1.0 for name in self.compared])
-            self._wins.update(numbers, *(signs * _columns(values[side], self.compared) for side in ("tuned", "base")))
+            (ours, scored), (theirs, also_scored) = (
+                _columns(values[side], self.compared) for side in ("tuned", "base")
+            )
+            self._wins.update(numbers, signs * ours, signs * theirs, scored & also_scored)
         for side, diversity in self._diversities.items():
             diversity.update(numbers, cast(Embedder, self.embedder)(painted[side].images)[counted])
 
@@ -119,18 +123,17 @@ class Comparison:
         return rows
 
 
-def _values(painted: Painted, counted: slice) -> dict[str, Tensor]:
-    statistics = image_statistics(painted.images)
-    # The functions below leave out what is not finite.
-    values = {name: torch.where(one.scored, one.values, torch.nan) for name, one in painted.scores.items()}
-    values |= {f"image/{name}": value for name, value in statistics.items()}
-    return {name: value[counted] for name, value in values.items()}
+def _values(painted: Painted, counted: slice) -> dict[str, Scores]:
+    statistics = {f"image/{name}": Scores.of(value.cpu()) for name, value in image_statistics(painted.images).items()}
+    return {name: values.select(counted) for name, values in (painted.scores | statistics).items()}
 
 
-def _columns(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """The values of some names, [N, K]."""
-    count = len(next(iter(values.values())))
-    return torch.cat([torch.zeros(count, 0), *(values[name].cpu().double()[:, None] for name in names)], dim=1)
+def _columns(scores: Mapping[str, Scores], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The values of some names, [N, K], and which of them there are."""
+    count = len(next(iter(scores.values())).values)
+    values = [torch.zeros(count, 0), *(scores[name].values.double()[:, None] for name in names)]
+    scored = [torch.zeros(count, 0, dtype=torch.bool), *(scores[name].scored[:, None] for name in names)]
+    return torch.cat(values, dim=1), torch.cat(scored, dim=1)
 
 
 def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:

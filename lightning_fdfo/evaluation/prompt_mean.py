@@ -19,7 +19,7 @@ class Mean(NamedTuple):
     """[K], float64; NaN with fewer than two prompts"""
 
 
-def prompt_mean(prompts: Tensor, values: Tensor) -> Mean:
+def prompt_mean(prompts: Tensor, values: Tensor, counted: Tensor | None = None) -> Mean:
     """The mean over images, and its standard error, where the images of one prompt are not independent.
 
         mean           = sum_i y_i / N
@@ -29,7 +29,8 @@ def prompt_mean(prompts: Tensor, values: Tensor) -> Mean:
 
     Args:
         prompts: [N], the number of each image's prompt.
-        values: [N, K]; those that are not finite are left out.
+        values: [N, K].
+        counted: [N, K], bool: the values that there are; None for all.
 
     Example:
         >>> prompts, values = torch.tensor([0, 0, 1, 1]), torch.tensor([[1.0], [1.0], [2.0], [2.0]])
@@ -38,15 +39,14 @@ def prompt_mean(prompts: Tensor, values: Tensor) -> Mean:
 
     Source: the cluster-robust variance of a mean (Liang and Zeger 1986), with its correction for few clusters.
     """
-    valid = values.isfinite()
-    given = torch.where(valid, values.double(), 0.0)
-    count = valid.sum(dim=0).double()
-    mean = given.sum(dim=0) / count
-    left = torch.where(valid, given - mean, 0.0)
-    sums, counts = sum_by_prompt(prompts, left), sum_by_prompt(prompts, valid.double())
+    counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+    given = torch.where(counted, values.double(), 0.0)
+    mean = given.sum(dim=0) / counted.sum(dim=0).double()
+    left = torch.where(counted, given - mean, 0.0)
+    sums, counts = sum_by_prompt(prompts, left), sum_by_prompt(prompts, counted.double())
     clusters = (counts > 0).sum(dim=0).double()
     spread = sums.square().sum(dim=0)
-    return Mean(mean, (clusters / (clusters - 1) * spread).sqrt() / count)
+    return Mean(mean, (clusters / (clusters - 1) * spread).sqrt() / counted.sum(dim=0).double())
 
 
 def sum_by_prompt(prompts: Tensor, values: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def sum_by_prompt(prompts: Tensor, values: Tensor) -> Tensor:
 
 
 class PromptMean(Metric):
-    """`prompt_mean` over batches and devices: `update(prompts [N], values [N, K])`, then `compute()`.
+    """`prompt_mean` over batches and devices: `update(prompts [N], values [N, K], counted [N, K])`, then `compute()`.
 
     Values are float64, and wait on the device as whole numbers of the same bits: not every device has float64.
     """
@@ -69,18 +69,22 @@ class PromptMean(Metric):
     full_state_update = False
     prompts: list[Tensor]
     values: list[Tensor]
+    counted: list[Tensor]
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_state("prompts", [], dist_reduce_fx="cat")
         self.add_state("values", [], dist_reduce_fx="cat")
+        self.add_state("counted", [], dist_reduce_fx="cat")
 
-    def update(self, prompts: Tensor, values: Tensor) -> None:
+    def update(self, prompts: Tensor, values: Tensor, counted: Tensor | None = None) -> None:
         """Adds a batch; one of no images is needed where a device has none."""
         self.prompts.append(prompts.to(self.device))
         self.values.append(values.cpu().double().view(torch.int64).to(self.device))
+        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted
+        self.counted.append(counted.to(self.device))
 
     def compute(self) -> Mean:
         """Over all images, on the CPU."""
         values = dim_zero_cat(self.values).cpu().view(torch.float64)
-        return prompt_mean(dim_zero_cat(self.prompts).cpu(), values)
+        return prompt_mean(dim_zero_cat(self.prompts).cpu(), values, dim_zero_cat(self.counted).cpu())

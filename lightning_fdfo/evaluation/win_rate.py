@@ -29,18 +29,23 @@ class WinRate(NamedTuple):
 
 
 def wins(tuned: Tensor, base: Tensor) -> Tensor:
-    """1 where `tuned` is higher, 1/2 for a tie, 0 where `base` is; NaN where one of them is not finite.
+    """1 where `tuned` is higher, 1/2 for a tie, 0 where `base` is.
 
     Example:
         >>> wins(torch.tensor([2.0, 1.0, 0.0]), torch.ones(3))
         tensor([1.0000, 0.5000, 0.0000], dtype=torch.float64)
     """
-    won = (tuned > base).double() + 0.5 * (tuned == base)
-    return torch.where(tuned.isfinite() & base.isfinite(), won, torch.nan)
+    return (tuned > base).double() + 0.5 * (tuned == base)
 
 
 def win_rate(
-    prompts: Tensor, won: Tensor, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
+    prompts: Tensor,
+    won: Tensor,
+    counted: Tensor | None = None,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 9999,
+    seed: int = 0,
 ) -> WinRate:
     """The share of wins, ties counted half, and a percentile bootstrap's interval.
 
@@ -50,7 +55,8 @@ def win_rate(
 
     Args:
         prompts: [N], the number of each image's prompt.
-        won: [N], of `wins`; NaN is left out.
+        won: [N], of `wins`.
+        counted: [N], bool: the images that both sides have a score of; None for all.
         confidence: of the interval, in (0, 1).
         num_resamples: how often the prompts are drawn.
         seed: the draws are a function of it.
@@ -61,12 +67,12 @@ def win_rate(
 
     Source: Efron and Tibshirani 1993, chapter 13; scipy.stats.bootstrap.
     """
-    valid = won.isfinite()
-    if not bool(valid.any()):
+    if counted is not None:
+        prompts, won = prompts[counted], won[counted]
+    if not len(won):
         return WinRate(*[float("nan")] * 3)
-    sums, counts = (
-        sum_by_prompt(prompts[valid], values).numpy() for values in (won[valid].double(), valid[valid].double())
-    )
+    won = won.double()
+    sums, counts = (sum_by_prompt(prompts, values).numpy() for values in (won, torch.ones_like(won)))
     rate = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return WinRate(rate, float("nan"), float("nan"))
@@ -92,7 +98,8 @@ def win_rate(
 class WinRates(Metric):
     """`win_rate` of K scores, over batches and devices.
 
-    `update(prompts [N], tuned [N, K], base [N, K])`, then `compute()`: a `WinRate` for each of the K; higher is better.
+    `update(prompts [N], tuned [N, K], base [N, K], counted [N, K])`, then `compute()`: a `WinRate` for each of the K;
+    higher is better.
 
     Args:
         confidence: see `win_rate`.
@@ -103,19 +110,24 @@ class WinRates(Metric):
     full_state_update = False
     prompts: list[Tensor]
     won: list[Tensor]
+    counted: list[Tensor]
 
     def __init__(self, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.settings: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
         self.add_state("prompts", [], dist_reduce_fx="cat")
         self.add_state("won", [], dist_reduce_fx="cat")
+        self.add_state("counted", [], dist_reduce_fx="cat")
 
-    def update(self, prompts: Tensor, tuned: Tensor, base: Tensor) -> None:
+    def update(self, prompts: Tensor, tuned: Tensor, base: Tensor, counted: Tensor | None = None) -> None:
         """Adds a batch; one of no images is needed where a device has none."""
         self.prompts.append(prompts.to(self.device))
         self.won.append(wins(tuned, base).float().to(self.device))  # 0, 0.5 and 1: no bit is lost
+        counted = torch.ones_like(tuned, dtype=torch.bool) if counted is None else counted
+        self.counted.append(counted.to(self.device))
 
     def compute(self) -> list[WinRate]:
         """Over all images."""
         prompts, won = dim_zero_cat(self.prompts).cpu(), dim_zero_cat(self.won).cpu().double()
-        return [win_rate(prompts, column, **self.settings) for column in won.unbind(dim=1)]
+        counted = dim_zero_cat(self.counted).cpu()
+        return [win_rate(prompts, *column, **self.settings) for column in zip(won.T, counted.T, strict=True)]

@@ -1,4 +1,4 @@
-"""The mixture: several rewards, scored side by side and weighed against each other.
+"""The mixture: several rewards, scored side by side, then weighted and summed.
 
     rewards:
       OCR: 1.0                                              # name: weight
@@ -146,7 +146,7 @@ class RewardMix:
 
     @property
     def scales_known(self) -> bool:
-        """Whether scores can be weighed: not before a weighted term whose scale is `std` has scored its first pair."""
+        """Whether scores can be weighted: not before each weighted term with scale `std` has scored a pair."""
         return all(running.std is not None for name, running in self.running.items() if not self.terms[name].is_watched)
 
     def factor(self, name: str, epoch: int = 0) -> float:
@@ -225,7 +225,7 @@ class RewardMix:
         return passing.view(-1, 2).all(dim=1).repeat_interleave(2)
 
     def preference(self, name: str, differences: Mapping[str, HalfDifferences]) -> Tensor:
-        """How much better a term finds a branch than its partner, in the reward's own units: [2P]; 0: not compared."""
+        """How much better a term finds a branch than its partner, in the reward's own units: [2P]."""
         return self._sign(name) * differences[name].values
 
     # State: the running deviations

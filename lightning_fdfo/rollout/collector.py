@@ -143,7 +143,7 @@ class RolloutCollector:
             )
 
     def score(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
-        """Gathers the scores of all devices, weighs them, and shows them to callbacks.
+        """Gathers the scores of all devices, weights them, and announces them to callbacks.
 
         Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
         num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.

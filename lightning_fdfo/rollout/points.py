@@ -51,7 +51,7 @@ class TrajectoryPoints(NamedTuple):
 def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: int) -> Tensor:
     """Which points of a pair are trained on, in the order in which they are dealt out.
 
-    The pair's 2T points, in order of time, are cut into `num_points` equal strata; one is drawn from each; the
+    The pair's 2T points, in order of time, are divided into `num_points` equal strata; one is drawn from each; the
     pair's own generator permutes them.
 
     Args:
@@ -90,7 +90,7 @@ def deal_points(
 
     Args:
         rollout: this device's pairs.
-        directions: [2P, ...], of each branch, see `direction`.
+        directions: [2P, ...], of each branch, see `normalize_difference`.
         reward_difference: [2P], half differences of the mixture's total.
         plan: the epoch's arithmetic.
         seed: the run's.
@@ -104,9 +104,9 @@ def deal_points(
     rows = torch.arange(len(rollout.pairs)).expand(chosen.shape[:2]).flatten()
     branches, steps = chosen.flatten(0, 1).unbind(1)
     for start in range(0, len(rows), plan.batch_size):
-        part = slice(start, start + plan.batch_size)
-        pair, step = rows[part], steps[part]
-        row = 2 * pair + branches[part]
+        batch = slice(start, start + plan.batch_size)
+        pair, step = rows[batch], steps[batch]
+        row = 2 * pair + branches[batch]
         yield TrajectoryPoints(
             latents[row, step],
             rollout.sigmas[step],

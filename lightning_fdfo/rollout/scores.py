@@ -1,4 +1,4 @@
-"""What a mixture makes of an epoch's pairs: the scores of all devices, gathered, then weighed.
+"""What a mixture makes of an epoch's pairs: the scores of all devices, gathered, then weighted.
 
     scores of this device --gather--> GatheredScores --weigh--> EpochScores: what each term adds to a pair's difference
 

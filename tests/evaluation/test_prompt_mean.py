@@ -26,10 +26,10 @@ def test_the_standard_error_is_the_deviation_of_the_mean():
     assert np.mean(errors) ** 0.5 == pytest.approx(np.std(means), rel=0.05)
 
 
-def test_what_is_not_finite_is_left_out_column_by_column():
+def test_what_is_not_counted_is_left_out_column_by_column():
     nan = torch.nan
     values = torch.tensor([[1.0, nan, nan], [3.0, 5.0, nan], [5.0, 7.0, nan]])
-    mean, error = prompt_mean(torch.tensor([0, 1, 2]), values)
+    mean, error = prompt_mean(torch.tensor([0, 1, 2]), values, values.isfinite())
     torch.testing.assert_close(mean, torch.tensor([3.0, 6.0, nan], dtype=torch.float64), equal_nan=True)
     expected = torch.tensor([2 / 3**0.5, 1.0, nan], dtype=torch.float64)
     torch.testing.assert_close(error, expected, equal_nan=True)

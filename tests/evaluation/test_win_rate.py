@@ -59,7 +59,7 @@ def test_the_seed_and_nothing_else_draws():
 
 
 def test_nothing_to_compare_and_one_prompt():
-    nothing = win_rate(torch.tensor([0]), torch.tensor([torch.nan]))
+    nothing = win_rate(torch.tensor([0]), torch.tensor([1.0]), torch.tensor([False]))
     assert np.isnan(nothing).all()
     alone = win_rate(torch.tensor([0, 0]), torch.tensor([1.0, 0.0]))
     assert alone.rate == 0.5
@@ -68,10 +68,10 @@ def test_nothing_to_compare_and_one_prompt():
 
 
 def test_what_failed_on_either_side_is_left_out():
-    nan = torch.nan
-    won = wins(torch.tensor([1.0, nan, 3.0, 1.0]), torch.tensor([0.0, 0.0, nan, 2.0]))
-    torch.testing.assert_close(won, torch.tensor([1.0, nan, nan, 0.0], dtype=torch.float64), equal_nan=True)
-    assert win_rate(torch.tensor([0, 0, 1, 1]), won).rate == 0.5
+    won = wins(torch.tensor([1.0, 0.0, 3.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 2.0]))
+    counted = torch.tensor([True, False, False, True])
+    torch.testing.assert_close(won[counted], torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert win_rate(torch.tensor([0, 0, 1, 1]), won, counted).rate == 0.5
 
 
 def test_batches_are_one():
