@@ -176,6 +176,9 @@ class FDFOCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         yaml.SafeDumper.add_representer(Interval, lambda dumper, value: dumper.represent_str(value.value))  # a Timer's
+        command = next(iter(sys.argv[1:] if args is None else args), "")
+        if run and command in (known := self.subcommands()):  # parsers for all would be a quarter of its start
+            self.subcommands = lambda: {command: known[command]}  # type: ignore[method-assign]
         strict = {"allow_abbrev": False, "parser_mode": "omegaconf+"}
         super().__init__(
             FDFOModule,
