@@ -3,7 +3,7 @@ r"""Prompts: one a line (.txt), or one JSON object a line (.jsonl).
     {"prompt": "\"427\" in red", "negative_prompt": "blurry", "text": "427"}
 
 Of an object, `prompt` and `negative_prompt` are the model's; everything else is metadata for the rewards. A file may
-come from anywhere: what is no text, or no plain JSON, is told with its line, and nothing is read beyond it.
+come from anywhere: what is no text, or no plain JSON, is refused with its line, and nothing is read beyond it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ MAX_DIGITS = 100
 
 NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no text holds: control characters but tab and line ends, and halves of a UTF-16 pair."""
-
-
 _SUSPECT = re.compile(r"\\[ubf]")
-"""How JSON writes control characters."""
+"""How JSON writes control characters: only lines with one of these are searched for them."""
 
 
 class Prompt(NamedTuple):

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.callbacks import LoRAExport
-from lightning_fdfo.commands.cli import MAX_NODES, RunRecord
+from lightning_fdfo.commands.configuration.parser import MAX_NODES
+from lightning_fdfo.commands.run_record import RunRecord
 from lightning_fdfo.commands.score_folder import Row, print_scores
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow, StableDiffusion3, resolve_pretrained

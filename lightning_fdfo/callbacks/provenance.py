@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def describe_weights(trainer: Trainer, module: FDFOModule) -> dict[str, str]:
-    """The base model, and the evaluated weights: `base`, `weights`, and their file's SHA-256.
+    """Where the weights of a `validate`, `test` or `predict` come from.
 
-    Of a local file only the name is given, not the path.
+    Returns:
+        `base`, the base model; `weights`, the name of the file that was loaded on top; `sha256`, of that file, if there
+        is one. A local file or folder is named without the folders above it.
     """
     pretrained = str(getattr(module.flow, "pretrained", type(module.flow).__name__))
     base = {"base": Path(pretrained).name if Path(pretrained).exists() else pretrained}

@@ -1,17 +1,18 @@
-"""Which weights `validate`, `test` and `predict` judge: what `--ckpt_path` may name."""
+"""What `--ckpt_path` names: a checkpoint, the last one of a run, or a LoRA to evaluate."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_fdfo.checkpoints.last_checkpoint import find_last
+from lightning_fdfo.checkpoints.run_owner import MARK
+from lightning_fdfo.commands.run_record import RECORD
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.lora_contents import check_lora_file
 from lightning_fdfo.flows.lora_files import LORA_FILE
 from lightning_fdfo.hub import HubFiles, is_hub_name
-
-if TYPE_CHECKING:
-    pass
 
 EXPECTED = (
     "expected a checkpoint's file, or last, or a LoRA: a .safetensors file, a folder with "
@@ -59,3 +60,38 @@ def _from_hub(name: str) -> Path:
         return HubFiles(source, (file,)).fetch()
     except ConfigurationError as error:
         raise ConfigurationError(f"--ckpt_path: {name} is no file or folder here; on the hub, {error}") from error
+
+
+def check_ckpt_path(ckpt_path: str | None) -> None:
+    """Raises ConfigurationError for what `fit` cannot go on from: no file, or a LoRA."""
+    if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).is_file():
+        raise ConfigurationError(f"--ckpt_path: expected a file, or last, got {ckpt_path}")
+    if str(ckpt_path).endswith(".safetensors"):
+        raise ConfigurationError(
+            f"--ckpt_path: expected a checkpoint, got {ckpt_path}; start from a LoRA by --model.lora.init_lora"
+        )
+
+
+def find_last_checkpoint(folder: Path, command: str) -> Path | None:
+    """What `--ckpt_path last` names; None if `fit` begins anew, for the run has no checkpoint yet, which is logged.
+
+    Args:
+        folder: the run's.
+        command: `fit`, …
+
+    Raises:
+        ConfigurationError: there is no run, its last.ckpt is gone, or there is nothing to evaluate.
+    """
+    file = find_last(folder)
+    if file is None and command != "fit":
+        raise ConfigurationError(
+            f"--ckpt_path last: {folder} holds no checkpoint; name the run's folder by --trainer.default_root_dir, "
+            "or a file"
+        )
+    if file is None and not any((folder / name).exists() for name in (MARK, RECORD)):
+        raise ConfigurationError(
+            f"--ckpt_path last: {folder} holds no run to go on with; leave --ckpt_path out to begin one"
+        )
+    if file is None:
+        rank_zero_info(f"The run in {folder} was ended before its first checkpoint: it begins anew, from epoch 0")
+    return file

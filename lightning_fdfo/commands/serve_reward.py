@@ -15,13 +15,13 @@ from contextlib import suppress
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-import uvicorn
 import yaml
 
 from lightning_fdfo.commands.function_parser import run_function
 from lightning_fdfo.commands.option_values import parse_device, parse_init_args
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_loopback, read_token
+from lightning_fdfo.remote.listener import bind, run_server
 from lightning_fdfo.remote.protocol import Limits
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
 from lightning_fdfo.reward.base import Reward
@@ -30,7 +30,6 @@ from lightning_fdfo.reward.registry import load_reward
 from lightning_fdfo.reward.term import RewardTerm
 
 LIMITS = Limits()
-MAX_SHUTDOWN_SECONDS = 30
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,11 +90,7 @@ def serve(
         mix = load_mix(name, options, device)
         description = describe_reward(name, mix.rewards[name], limits, _configuration(mix.rewards[name], options))
         app = create_app(RewardService(mix, description, token, max_waiting))
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, http="h11", ws="none", lifespan="off",
-            timeout_graceful_shutdown=MAX_SHUTDOWN_SECONDS,
-        )  # fmt: skip
-        _Server(config, _announcement(name, host, listener.getsockname()[1])).run(sockets=[listener])
+        run_server(app, listener, _announcement(name, host, listener.getsockname()[1]))
 
 
 def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
@@ -104,19 +99,6 @@ def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
     mix.fetch()
     mix.setup(parse_device(device))
     return mix
-
-
-class _Server(uvicorn.Server):
-    """Says when it is ready."""
-
-    def __init__(self, config: uvicorn.Config, announcement: str) -> None:
-        super().__init__(config)
-        self.announcement = announcement
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, and says so."""
-        await super().startup(sockets)
-        print(self.announcement, flush=True)
 
 
 def _announcement(name: str, host: str, port: int) -> str:
@@ -134,17 +116,3 @@ def _configuration(reward: Reward, init_args: Mapping[str, Any]) -> str:
     module = type(reward).__module__.partition(".")[0]
     versions = {name: version(name) for name in packages_distributions().get(module, [])}
     return json.dumps([init_args, versions], sort_keys=True, default=str)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The address, taken before weights are loaded; nobody is listened to yet."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # TCP is named: otherwise asyncio leaves Nagle's delay on, 40 ms an answer.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ConfigurationError(f"--host {host} --port {port}: {error}; choose another --port") from error
-    return listener

@@ -116,7 +116,7 @@ def rewards_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def loading_code(config: Mapping[str, Any], flow: DiffusersFlow, repository: str | None, has_lora: bool) -> str:
-    """Python that paints with what is exported, in plain diffusers; in its folder if it is not on the hub."""
+    """Python that generates an image with the export, in plain diffusers: from the hub, or in the export's folder."""
     sampling, pipeline = config["model"]["sampling"], flow.source.pipeline_class.__name__
     shipped = str(config["model"]["flow"]["init_args"]["pretrained"]) != resolve_pretrained(base_name(config))
     source = f"resolve_pretrained({base_name(config)!r})" if shipped else repr(base_name(config))
@@ -147,7 +147,7 @@ def loading_code(config: Mapping[str, Any], flow: DiffusersFlow, repository: str
 
 
 def _prompt(config: Mapping[str, Any]) -> str:
-    """One to try: the first validation prompt, if the file is here."""
+    """A prompt to try: the first one for validation, if its file is on this machine."""
     from lightning_fdfo.prompts import read_prompts
 
     with suppress(ConfigurationError, TypeError):
@@ -161,7 +161,7 @@ def cell(value: Any) -> str:
 
 
 def shareable(value: Any) -> Any:
-    """A configuration without the machine's paths: of an absolute one the last name is left.
+    """A configuration without the machine's folders: of an absolute path the last name stays.
 
     Example:
         >>> shareable({"data": {"val": "/home/me/prompts.txt", "train": "prompts.txt"}})

@@ -19,7 +19,7 @@ from lightning_fdfo.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Files of a run; what is not there is empty.
+    """The files of a run. A file that is missing leaves its field empty.
 
     Args:
         folder: the run's.
@@ -79,7 +79,7 @@ def _by_epoch(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def _history(folder: Path) -> History:
-    """Of all starts: what a later one has logged takes the place of what an earlier one has."""
+    """Logged numbers of all starts of the run; where two starts logged one epoch, the later one counts."""
     values: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: _number(path.parent)):
         for row in _read(path, _rows):
@@ -88,7 +88,7 @@ def _history(folder: Path) -> History:
                 if value and "/" in name:
                     values.setdefault(name, {})[epoch + 1] = float(value)
     for name, before in _json(folder / "before_after.json").get("before", {}).items():
-        values.setdefault(f"val/{name}", {})[0] = before  # loggers hear nothing of the validation before training
+        values.setdefault(f"val/{name}", {})[0] = before  # loggers do not get the validation before training
     return {name: sorted(points.items()) for name, points in values.items()}
 
 

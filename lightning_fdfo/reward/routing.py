@@ -1,6 +1,6 @@
 r"""Routing: which rewards of a mixture a prompt is for.
 
-    {"prompt": "\\"427\\" in red", "rewards": {"OCR": 1, "small": 0.5}}
+    {"prompt": "\"427\" in red", "rewards": {"OCR": 1, "small": 0.5}}
     {"prompt": "a cat on a red sofa", "rewards": {"HPSv2": 1}}
 
 A prompt's `rewards` name the terms that score its images; each number multiplies the term's weight, and 0 scores and

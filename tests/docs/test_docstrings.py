@@ -1,8 +1,9 @@
 """Examples in the docstrings of modules and classes are what they look like: Python, YAML, TOML or JSON.
 
 An example is a block that is indented by four spaces. What it is written in is seen from its first lines; commands,
-formulas and drawings are not parsed. Text at the margin that looks like an example has lost its indentation, which
-`help()` and the site would show as one paragraph.
+formulas and drawings are not parsed. Text at the margin that looks like an example has lost its indentation, and the
+site would show it as one paragraph. The formatter takes the indentation away where nothing but the first line stands at
+the margin: introduce the example by a line that does.
 """
 
 import ast

@@ -10,7 +10,7 @@ import pytest
 import torch
 import uvicorn
 
-from lightning_fdfo.commands.serve_reward import bind
+from lightning_fdfo.remote.listener import bind
 from lightning_fdfo.remote.protocol import Limits
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
 from lightning_fdfo.reward import Reward, load_reward

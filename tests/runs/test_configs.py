@@ -9,7 +9,8 @@ import torch
 import yaml
 
 import lightning_fdfo.flows
-from lightning_fdfo.commands.cli import FDFOCLI, FDFOArgumentParser
+from lightning_fdfo.commands.cli import FDFOCLI
+from lightning_fdfo.commands.configuration.parser import FDFOArgumentParser
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.parallel import check_strategy
 from lightning_fdfo.prompts import read_prompts

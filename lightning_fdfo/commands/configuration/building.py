@@ -54,7 +54,7 @@ class Builder:
             raise
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def in_one_line(self) -> Iterator[None]:
         """Turns what a class has raised into one line.
 
         Raises:

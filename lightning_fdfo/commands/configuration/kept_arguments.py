@@ -1,8 +1,10 @@
 """What a change of class keeps of a configuration file: the parser takes over arguments that the other class has, too.
 
-file:          model.flow: {class_path: StableDiffusion3, init_args: {max_sequence_length: 0, …}}
-command line:  --model.flow.class_path Flux
-message:       model.flow: Flux instead of the file's StableDiffusion3 keeps its max_sequence_length=0, …
+For example:
+
+    file:          model.flow: {class_path: StableDiffusion3, init_args: {max_sequence_length: 0, …}}
+    command line:  --model.flow.class_path Flux
+    message:       model.flow: Flux instead of the file's StableDiffusion3 keeps its max_sequence_length=0, …
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def _sentence(path: str, given: Sequence[Given], final: Any, words: Sequence[str
 
 
 def _nodes(value: Any, path: str = "") -> Iterator[tuple[str, Given]]:
-    """All {class_path, …} below, by their dotted paths; lists are replaced as a whole, and are no matter here."""
+    """All {class_path, …} below, by their dotted paths; lists are replaced as a unit, and do not matter here."""
     if not isinstance(value, Mapping):
         return
     if isinstance(value.get("class_path"), str):
