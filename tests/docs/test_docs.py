@@ -254,7 +254,7 @@ def test_the_pages_numbers_are_logged_and_its_python_reads_the_pairs(toy_module,
     (block,) = blocks("mixing.md", "python")
     namespace = {}
     exec(block, namespace)
-    assert sum(namespace["quarrels"].values()) > 0
+    assert sum(namespace["disagreements"].values()) > 0
     assert capsys.readouterr().out.startswith("[('")
 
 
