@@ -31,7 +31,7 @@ from lightning_fdfo.evaluation.comparison import Comparison, Painted, Row
 from lightning_fdfo.evaluation.embedders import named_embedder
 from lightning_fdfo.finite import check_saved, check_trained
 from lightning_fdfo.flows.base import FlowModel
-from lightning_fdfo.flows.generate import paint
+from lightning_fdfo.flows.generate import generate
 from lightning_fdfo.flows.lora import LoRA, dropout_layers
 from lightning_fdfo.flows.lora_contents import check_lora_file, describe_lora
 from lightning_fdfo.flows.lora_files import add_lora, adopt_lora, check_lora
@@ -75,9 +75,9 @@ class FDFOModule(LightningModule):
     """Finite Difference Flow Optimization of a flow model.
 
     Args:
-        flow: the base model's adapter.
+        flow: the base model.
         rewards: a mixture, see `RewardMix`.
-        sampling: how images are painted.
+        sampling: how images are generated.
         batching: the size of an epoch and of its forward passes.
         objective: settings of the loss.
         lora: settings of the LoRA; None trains the whole transformer.
@@ -572,7 +572,7 @@ class FDFOModule(LightningModule):
         return Painted(images, {name: value for name, value in scores.items() if name not in self._unjudged})
 
     def _paint(self, batch: Sequence[IndexedPrompt]) -> Tensor:
-        return paint(
+        return generate(
             self.flow,
             [row.prompt for row in batch],
             [row.place for row in batch],

@@ -3,7 +3,7 @@
 A grid is a float32 tensor `sigmas` [T+1] that falls from 1 to 0; a churn schedule is a float32 tensor [T+1] whose
 entry 0 belongs to the initial latents and whose entry k belongs to the step that lands on sigmas[k].
 
-Left out: a model's own grid. The adapters take that from the model's scheduler (`FlowModel.sigmas`).
+Left out: a model's own grid. `FlowModel.sigmas` takes that from the model's scheduler.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class DiffusersFlow(FlowFamily, FlowModel):
     """A flow model that diffusers has a pipeline for.
 
-    Called by itself it gives the adapter that serves the pipeline in `model_index.json`; that reads a folder, or asks
-    the hub for one small file. To name the adapter's own class asks nobody.
+    Called by itself it gives the model family that serves the pipeline in `model_index.json`: it reads the folder, or
+    asks the hub for this one small file. A family's own class, such as `Flux`, asks for nothing.
 
     Args:
         pretrained: a shipped model (`tiny-digits`), a folder, or a hub name like
@@ -53,8 +53,8 @@ class DiffusersFlow(FlowFamily, FlowModel):
         revision: branch, tag or commit on the hub.
 
     Raises:
-        ConfigurationError: no adapter serves the pipeline; from `validate` and `load`, if it is of another class than
-            the adapter's or cannot be had.
+        ConfigurationError: no model family serves the pipeline; from `validate` and `load`, if it is of another class
+            than the family's or cannot be had.
 
     Example:
         >>> type(DiffusersFlow("tiny-digits")).__name__

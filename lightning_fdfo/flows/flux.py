@@ -15,7 +15,7 @@ from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class Flux(DiffusersFlow):
-    """Adapter for FluxPipeline: latents [16, H / 8, W / 8], packed into tokens of 2 x 2.
+    """FluxPipeline: latents [16, H / 8, W / 8], packed into tokens of 2 x 2.
 
     `dev` was distilled on guidance, which is an input: `guidance_scale` 3.5 is its own, and costs no second forward.
     `schnell` has none. T5 fills all of `max_sequence_length` tokens; `schnell` takes 256 at most.

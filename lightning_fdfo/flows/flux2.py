@@ -17,7 +17,7 @@ from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class Flux2(DiffusersFlow):
-    """Adapter for Flux2KleinPipeline and Flux2Pipeline (dev): latents [128, H / 16, W / 16], each pixel a token.
+    """Flux2KleinPipeline and Flux2Pipeline (dev): latents [128, H / 16, W / 16], each pixel a token.
 
     klein has classifier-free guidance, or none where it is distilled. dev has guidance embedded, which costs no second
     forward; its processor of texts wants torchvision. Texts fill all of `max_sequence_length` tokens, and all count.

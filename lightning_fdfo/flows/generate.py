@@ -18,7 +18,7 @@ from lightning_fdfo.settings import Sampling
 
 @torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too
 @torch.no_grad()
-def paint(
+def generate(
     flow: FlowModel,
     prompts: Sequence[Prompt],
     indices: Sequence[int],

@@ -24,7 +24,7 @@ class LoRA:
     Args:
         rank: >= 1; inner size of A and B.
         alpha: > 0; scale is alpha / rank.
-        targets: names (or ends of names) of linear layers; None takes the adapter's own, the attention projections.
+        targets: names (or ends of names) of linear layers; None takes the flow's own, the attention projections.
         dropout: in [0, 1); share of a layer's inputs that A does not see in training. Rollouts see all. With it,
             `batch_size` and the number of devices change what is left out of which point.
         init: of A; B starts at 0, so that training starts from the base model. `gaussian`: normal, of deviation

@@ -120,11 +120,11 @@ def check_layers(transformer: nn.Module, state: Mapping[str, Tensor], metadata: 
 
 
 def describe_lora(transformer: nn.Module, defaults: Sequence[str]) -> str:
-    """How many layers have a LoRA, of how many that the adapter would bind, and which of these have none.
+    """How many of the layers that LoRA binds by default have one, and which have none.
 
     Args:
         transformer: with a LoRA.
-        defaults: the adapter's `lora_targets`.
+        defaults: the flow's `lora_targets`.
     """
     bound = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}

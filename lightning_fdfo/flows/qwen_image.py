@@ -15,7 +15,7 @@ from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class QwenImage(DiffusersFlow):
-    """Adapter for QwenImagePipeline: classifier-free guidance, latents [16, H / 8, W / 8], packed into tokens of 2 x 2.
+    """QwenImagePipeline: classifier-free guidance, latents [16, H / 8, W / 8], packed into tokens of 2 x 2.
 
     Guidance turns a token's velocity and leaves its length as it is, as in the pipeline, whose `true_cfg_scale` is
     `guidance_scale` here. `max_sequence_length` counts tokens behind the system's message, 1024 at most.

@@ -15,7 +15,7 @@ from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 
 
 class Sana(DiffusersFlow):
-    """Adapter for SanaPipeline: classifier-free guidance, latents [32, H / 32, W / 32], each pixel a token.
+    """SanaPipeline: classifier-free guidance, latents [32, H / 32, W / 32], each pixel a token.
 
     Prompts are encoded behind the pipeline's default instruction to enhance them, negative prompts by themselves.
     Images have the size that is asked for: the pipeline's own call gives the same with `use_resolution_binning=False`.

@@ -14,7 +14,7 @@ from lightning_fdfo.flows.registry import JOINT_ATTENTION
 
 
 class StableDiffusion3(DiffusersFlow):
-    """Adapter for StableDiffusion3Pipeline: classifier-free guidance, latents [16, H / 8, W / 8].
+    """StableDiffusion3Pipeline: classifier-free guidance, latents [16, H / 8, W / 8].
 
     Its `max_sequence_length` counts T5's tokens, 0 to 512. A pipeline without T5 pads the text with as many zero
     vectors; 0 leaves them out, as `tiny-digits` was trained.

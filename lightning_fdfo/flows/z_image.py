@@ -13,10 +13,10 @@ from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 
 
 class ZImage(DiffusersFlow):
-    """Adapter for ZImagePipeline: classifier-free guidance, latents [16, H / 8, W / 8].
+    """ZImagePipeline: classifier-free guidance, latents [16, H / 8, W / 8].
 
-    `guidance_scale` is the number on Z-Image's card plus one. The pipeline paints with v + s * (v - v_negative), where
-    s = 0 is none; here as for every model it is v_negative + g * (v - v_negative), where g = 1 is none: g = s + 1.
+    `guidance_scale` is the number on Z-Image's card plus one. The pipeline takes v + s * (v - v_negative), where s = 0
+    is none; here as for every model it is v_negative + g * (v - v_negative), where g = 1 is none: g = s + 1.
     Turbo was distilled on guidance and has none, 1.0.
 
     Source: arXiv 2511.22699.

@@ -1,4 +1,4 @@
-"""Conformance checks for plugins: `check_reward` for a reward, `check_flow_model` for an adapter.
+"""Conformance checks for plugins: `check_reward` for a reward, `check_flow_model` for a model family.
 
 Each is imported when it is first used: a reward's test needs no diffusers.
 """

@@ -1,4 +1,4 @@
-"""What every adapter must do, tried out against the pipeline that it adapts.
+"""What every model family must do, tried out against the pipeline that it serves.
 
 In your tests:
 
@@ -12,25 +12,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.diffusers_flow import DiffusersFlow
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_contents import settings_in
 from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, read_settings, save_lora
-from lightning_fdfo.sampling import sample
 from lightning_fdfo.testing.conformance import Check, Result, examine, insist
-
-PROMPTS = ("a cat", 'a long sign above the door that says "open at nine", at night', "two dogs")
-NEGATIVES = ("", "blurry, and far too dark to see", "dogs")
+from lightning_fdfo.testing.flow_subject import PROMPTS, Subject
 
 
 def check_flow_model(
@@ -42,12 +36,12 @@ def check_flow_model(
     device: str = "cpu",
     tolerance: float = 1e-4,
 ) -> None:
-    """Checks that an adapter does with its model what the model's own pipeline does.
+    """Checks that a model family does with its model what the model's own pipeline does.
 
     Loads the model twice, adds a LoRA with random weights to it, and leaves it so.
 
     Args:
-        flow: the adapter, not loaded yet; float32 for the tolerance to make sense.
+        flow: of the family, not loaded yet; float32 for the tolerance to make sense.
         sizes: heights and widths in pixels; None takes a small square and a small oblong.
         num_steps: of the sampler.
         guidance_scale: tried beside 1, if the model has guidance.
@@ -81,81 +75,6 @@ def run_flow_checks(
         yield from examine(CHECKS, Subject(flow, sizes, num_steps, guidance_scale, torch.device(device), tolerance))
 
 
-@dataclass
-class Subject:
-    """An adapter and how it is tried."""
-
-    flow: DiffusersFlow
-    given_sizes: Sequence[tuple[int, int]] | None
-    num_steps: int
-    guidance_scale: float
-    device: torch.device
-    tolerance: float
-    plain: Any = field(default=None)
-
-    @cached_property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """Those given, else a square and an oblong of a few tokens."""
-        multiple = self.flow.size_multiple
-        return self.given_sizes or ((4 * multiple, 4 * multiple), (4 * multiple, 6 * multiple))
-
-    @property
-    def guidance_scales(self) -> tuple[float, ...]:
-        """Without and with guidance."""
-        return (1.0,) if self.flow.guidance == "none" else (1.0, self.guidance_scale)
-
-    def negatives(self, guidance_scale: float) -> list[str] | None:
-        """Negative prompts, where they are used."""
-        return list(NEGATIVES) if self.flow.uses_negatives(guidance_scale) else None
-
-    def latents(self, size: tuple[int, int]) -> Tensor:
-        """The same for all: [3, C, H, W]."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (len(PROMPTS), *self.flow.latent_shape(*size))
-        return torch.randn(shape, generator=generator).to(self.device)
-
-    @torch.no_grad()
-    def encode(self, guidance_scale: float = 1.0) -> Conditioning:
-        """Of the prompts."""
-        with self.flow.encoding():
-            return self.flow.encode(list(PROMPTS), self.negatives(guidance_scale))
-
-    @torch.no_grad()
-    def our_images(self, size: tuple[int, int], guidance_scale: float) -> Tensor:
-        """By the sampler, without churn."""
-        conditioning = self.encode(guidance_scale)
-        end = sample(
-            lambda x, sigma: self.flow.velocity(x, sigma, conditioning, guidance_scale),
-            self.latents(size),
-            self.flow.sigmas(self.num_steps, *size),
-        )
-        return self.flow.decode(end)
-
-    @torch.no_grad()
-    def their_images(self, size: tuple[int, int], guidance_scale: float) -> Tensor:
-        """By the call of a pipeline of its own."""
-        images: Tensor = self.plain(
-            prompt=list(PROMPTS),
-            height=size[0],
-            width=size[1],
-            num_inference_steps=self.num_steps,
-            latents=self.flow.pipeline_latents(self.latents(size)),
-            output_type="pt",
-            **self.flow.pipeline_call(guidance_scale, self.negatives(guidance_scale)),
-        ).images
-        return images.float()
-
-    def velocity(self, rows: Sequence[int] = range(len(PROMPTS))) -> Tensor:
-        """Of some rows, each at a sigma of its own."""
-        sigma = torch.linspace(0.9, 0.2, len(PROMPTS), device=self.device)[list(rows)]
-        return self.flow.velocity(self.latents(self.sizes[-1])[list(rows)], sigma, self.encode()[list(rows)])
-
-    def far(self, ours: Tensor, theirs: Tensor, scale: float = 1.0) -> float | None:
-        """The largest difference, if it is beyond the tolerance."""
-        largest = (ours - theirs).abs().max().item()
-        return None if largest <= self.tolerance * scale else largest
-
-
 def _loads(subject: Subject) -> str | None:
     """Loads, again and again, and registers the transformer alone, frozen."""
     subject.flow.load()
@@ -170,8 +89,8 @@ def _loads(subject: Subject) -> str | None:
     return f"{len(trains)} weights train, {trains[0]} among them" if trains else None
 
 
-def _paints_the_same(subject: Subject) -> str | None:
-    """Paints, without churn, what the pipeline's own call paints from the same latents."""
+def _generates_the_same(subject: Subject) -> str | None:
+    """Generates, without churn, the images of the pipeline's own call from the same latents."""
     for size in subject.sizes:
         for guidance_scale in subject.guidance_scales:
             ours, theirs = subject.our_images(size, guidance_scale), subject.their_images(size, guidance_scale)
@@ -281,7 +200,7 @@ def randomise(transformer: Any) -> None:
 
 
 def _lora_exports(subject: Subject) -> str | None:
-    """Exports the LoRA so that plain diffusers paints the same with it, from the weights alone: without alpha."""
+    """Exports the LoRA so that plain diffusers generates the same images from its weights alone, without alpha."""
     size, guidance_scale = subject.sizes[0], subject.guidance_scales[-1]
     base = subject.their_images(size, guidance_scale)
     with tempfile.TemporaryDirectory() as folder:
@@ -309,7 +228,7 @@ CHECKS: tuple[Check, ...] = (
     (_conditioning_is_a_batch, False),
     (_does_not_see_the_batch, False),
     (_decodes_images, False),
-    (_paints_the_same, False),
+    (_generates_the_same, False),
     (_lora_binds, True),
     (_lora_exports, False),
 )

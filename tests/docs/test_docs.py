@@ -83,7 +83,7 @@ def run(command, monkeypatch):
 
 
 @pytest.fixture
-def adapters(monkeypatch):
+def families(monkeypatch):
     """Classes that a page defines serve their pipelines for one test only."""
     monkeypatch.setattr(FlowFamily, "registered", dict(FlowFamily.registered))
 
@@ -168,7 +168,7 @@ def test_python_runs(page, package, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("page", "number"), [pair for pair in OVERLAYS if pair[0] != "model_families.md"])
 def test_configurations_can_be_built(page, number, package, tmp_path, monkeypatch):
-    """Laid over the quick start's; a model of the hub is built as the adapter that has its name."""
+    """Laid over the quick start's; a model of the hub is built as the family that has its name."""
     package(page)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text(blocks(page, "yaml")[number], encoding="utf-8")
@@ -189,7 +189,7 @@ def test_the_package_is_the_examples():
     assert block in (ROOT / "examples/custom_reward/pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_the_adapter_is_one(adapters):
+def test_the_family_is_one(families):
     """The page's own test, of the page's own class."""
     namespace = {}
     for block in blocks("model_families.md", "python"):
@@ -197,7 +197,7 @@ def test_the_adapter_is_one(adapters):
     namespace["test_it_is_a_flow_model"]()
 
 
-def test_a_configuration_can_name_the_adapter(adapters, tmp_path, monkeypatch):
+def test_a_configuration_can_name_the_family(families, tmp_path, monkeypatch):
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").touch()

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning_fdfo import LoRA, Reward
 from lightning_fdfo.callbacks import EMA, MetricsWriter
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows.generate import paint
+from lightning_fdfo.flows.generate import generate
 from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.image_statistics import STATISTICS
 from lightning_fdfo.prompts import Prompt
@@ -32,7 +32,7 @@ class Darkness(Reward):
 
 
 def by_hand(module, weights=None):
-    """All fifteen images, painted in one batch by a fresh base, or by weights put into a copy of the module."""
+    """All fifteen images, generated in one batch by a fresh base, or by weights put into a copy of the module."""
     flow = ToyFlow()
     flow.load()
     if weights is not None:
@@ -42,7 +42,7 @@ def by_hand(module, weights=None):
         _, unexpected = flow.transformer.load_state_dict(state, strict=False)
         assert not unexpected
     prompts = [PROMPTS[place] for place in PLACES]
-    return paint(flow, prompts, PLACES, seed=0, sampling=module.sampling, device=CPU, repeats=REPEATS)
+    return generate(flow, prompts, PLACES, seed=0, sampling=module.sampling, device=CPU, repeats=REPEATS)
 
 
 @pytest.fixture

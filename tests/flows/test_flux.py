@@ -1,4 +1,4 @@
-"""FLUX.1: a tiny random dev and a tiny random schnell do in the adapter what they do in FluxPipeline."""
+"""FLUX.1: a tiny random dev and a tiny random schnell do in our family what they do in FluxPipeline."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""FLUX.2: tiny random kleins and a tiny random dev do in the adapter what they do in their pipelines."""
+"""FLUX.2: tiny random kleins and a tiny random dev do in our family what they do in their pipelines."""
 
 from functools import partial
 

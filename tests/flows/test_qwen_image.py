@@ -1,4 +1,4 @@
-"""Qwen-Image: a tiny random model does in the adapter what it does in QwenImagePipeline."""
+"""Qwen-Image: a tiny random model does in our family what it does in QwenImagePipeline."""
 
 from functools import partial
 

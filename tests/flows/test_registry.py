@@ -1,4 +1,4 @@
-"""Which adapter serves which pipeline."""
+"""Which model family serves which pipeline."""
 
 import json
 
@@ -28,25 +28,25 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize(("pipeline", "adapter"), SERVED.items())
-def test_the_pipeline_names_the_adapter(tmp_path, pipeline, adapter):
+@pytest.mark.parametrize(("pipeline", "family"), SERVED.items())
+def test_the_pipeline_names_the_family(tmp_path, pipeline, family):
     flow = DiffusersFlow(folder_of(tmp_path, pipeline), dtype="bfloat16")
-    assert type(flow).__name__ == adapter
+    assert type(flow).__name__ == family
     assert str(flow.dtype) == "torch.bfloat16"
     flow.validate()
 
 
-@pytest.mark.parametrize(("pipeline", "adapter"), SERVED.items())
-def test_diffusers_has_the_pipeline_and_the_adapter_says_what_it_needs(pipeline, adapter):
+@pytest.mark.parametrize(("pipeline", "family"), SERVED.items())
+def test_diffusers_has_the_pipeline_and_the_family_says_what_it_needs(pipeline, family):
     assert hasattr(diffusers, pipeline)
     served = FlowFamily.registered[pipeline]
-    assert served.__name__ == adapter
+    assert served.__name__ == family
     assert served.lora_targets
     assert served.block_names
     assert served.sequence_length > 0
 
 
-def test_a_pipeline_that_no_adapter_serves_is_told_with_those_that_are(tmp_path):
+def test_a_pipeline_that_no_family_serves_is_told_with_those_that_are(tmp_path):
     folder = folder_of(tmp_path, "StableDiffusionXLPipeline")
     with pytest.raises(ConfigurationError) as error:
         DiffusersFlow(folder)
@@ -56,7 +56,7 @@ def test_a_pipeline_that_no_adapter_serves_is_told_with_those_that_are(tmp_path)
     assert "docs/model_families.md" in message
 
 
-def test_an_adapter_refuses_another_ones_pipeline(tmp_path):
+def test_a_family_refuses_another_ones_pipeline(tmp_path):
     with pytest.raises(ConfigurationError, match="holds a FluxPipeline, StableDiffusion3 expected a StableDiffusion3"):
         StableDiffusion3(folder_of(tmp_path, "FluxPipeline")).validate()
 

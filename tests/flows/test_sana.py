@@ -1,4 +1,4 @@
-"""SANA: a tiny random model does in the adapter what it does in SanaPipeline, at Euler's steps."""
+"""SANA: a tiny random model does in our family what it does in SanaPipeline, at Euler's steps."""
 
 import inspect
 from functools import partial

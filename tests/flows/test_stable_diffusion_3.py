@@ -1,4 +1,4 @@
-"""The adapter: golden numbers through it, and what plain diffusers does with the same model."""
+"""StableDiffusion3: golden numbers through it, and what plain diffusers does with the same model."""
 
 import json
 
@@ -25,7 +25,7 @@ def golden(request):
 
 
 def golden_flow(golden):
-    """The adapter around the golden transformer."""
+    """The family around the golden transformer."""
     flow = StableDiffusion3("golden/numbers")
     flow.transformer = SD3Transformer2DModel.from_config(golden.settings["transformer_config"])
     flow.transformer.load_state_dict(golden.group("transformer."))

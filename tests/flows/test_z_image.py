@@ -1,4 +1,4 @@
-"""Z-Image: a tiny random model does in the adapter what it does in ZImagePipeline."""
+"""Z-Image: a tiny random model does in our family what it does in ZImagePipeline."""
 
 from functools import partial
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import DiffusersFlow
-from lightning_fdfo.testing.flow_checks import NEGATIVES, PROMPTS, Subject
+from lightning_fdfo.testing.flow_subject import NEGATIVES, PROMPTS, Subject
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -35,7 +35,7 @@ def random_weights(module: Module, seed: int = 0, gain: float = 1.0) -> Module:
 
 
 def subject(flow: DiffusersFlow, size: tuple[int, int]) -> Subject:
-    """An adapter that is loaded and tried at one size."""
+    """A flow that is loaded and tried at one size."""
     flow.load()
     return Subject(flow, [size], num_steps=3, guidance_scale=3.0, device=torch.device("cpu"), tolerance=1e-4)
 

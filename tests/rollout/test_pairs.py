@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_fdfo import RewardMix, Sampling
-from lightning_fdfo.flows.generate import encode_prompts, paint
+from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
@@ -161,8 +161,8 @@ def test_two_devices_make_the_pairs_of_one(monkeypatch):
 def test_validation_images_are_fixed_and_without_churn():
     flow = ToyFlow()
     flow.load()
-    images = paint(flow, PROMPTS, [0, 1, 2], seed=0, sampling=SAMPLING, device=CPU)
-    again = paint(
+    images = generate(flow, PROMPTS, [0, 1, 2], seed=0, sampling=SAMPLING, device=CPU)
+    again = generate(
         flow, PROMPTS[2:], [2], seed=0, sampling=Sampling(num_steps=6, height=2, width=2, churn=9), device=CPU
     )
     torch.testing.assert_close(images[2:], again)

@@ -1,4 +1,4 @@
-"""A made-up pipeline with conventions of its own, as a folder, and the adapter that somebody would write for it."""
+"""A made-up pipeline with conventions of its own, as a folder, and a model family for it."""
 
 from pathlib import Path
 
@@ -66,11 +66,11 @@ def postcard_folder(folder: Path) -> Path:
     return folder
 
 
-# The adapter begins here
+# The family begins here
 
 
 class Postcard(DiffusersFlow):
-    """Adapter for PostcardPipeline."""
+    """PostcardPipeline."""
 
     pipeline_classes = ("PostcardPipeline",)
     pipeline_class = PostcardPipeline

@@ -27,8 +27,8 @@ def test_an_family_for_a_made_up_pipeline_passes(folder):
 
 
 def test_it_is_short():
-    adapter = inspect.getsource(postcards).partition("# The adapter begins here")[2]
-    assert len(adapter.strip().splitlines()) <= 80
+    family = inspect.getsource(postcards).partition("# The family begins here")[2]
+    assert len(family.strip().splitlines()) <= 80
 
 
 def test_pretrained_alone_finds_it(folder):
@@ -172,8 +172,8 @@ def save_alpha_in_metadata(flow, folder):
         (ForgetsTheMask, "encodes to conditioning.*prompts encoded one by one"),
         (SeesTheBatch, "gives in a batch the velocities"),
         (DecodesBeyond, "decodes to finite.*clamp"),
-        (OtherScale, "paints.*pixels differ.*guidance 1.0"),
-        (OtherGuidance, "paints.*pixels differ.*guidance 3.0"),
+        (OtherScale, "generates, without churn.*pixels differ.*guidance 1.0"),
+        (OtherGuidance, "generates, without churn.*pixels differ.*guidance 3.0"),
         (BindsWhatDoesNothing, "takes a LoRA.*leaves the velocity as it was"),
         (LeavesWeightsOut, "takes a LoRA.*2 of its weights have no gradient"),
         (MergesTheLoRA, "takes a LoRA.*with the LoRA turned off"),

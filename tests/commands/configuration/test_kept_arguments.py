@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-import lightning_fdfo.flows  # noqa: F401 - so that an adapter can be named by its class alone
+import lightning_fdfo.flows  # noqa: F401 - so that a model family can be named by its class alone
 from lightning_fdfo.commands.cli import FDFOCLI
 
 
