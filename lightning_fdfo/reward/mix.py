@@ -83,8 +83,8 @@ class RewardMix:
             gate = self.terms[name].gate
             if gate is not None and names is not None and gate.reward not in names:
                 raise ConfigurationError(
-                    f"reward {name!r} counts for this prompt if {gate.reward!r} lets it, which is not to score it: "
-                    f"name {gate.reward!r} in its rewards, with 0 if it is not to train"
+                    f"reward {name!r} has a gate on {gate.reward!r}, which does not score this prompt: add "
+                    f"{gate.reward!r} to the prompt's rewards, with 0 if it is not to train"
                 )
             self._scorer.check(name, prompt, metadata)
 

@@ -70,7 +70,7 @@ def test_routes_that_make_no_sense_are_refused(route, message):
         ({"rewards": {"anwser": 1}}, "unknown 'anwser'; the mixture has light, answer, metric"),
         ({"rewards": {"light": "1"}}, "expected a finite number for 'light'"),
         ({"rewards": {"light": 1, "answer": 0}}, "Answer needs metadata"),
-        ({"rewards": {"answer": 1}, "answer": 1}, "'answer' counts for this prompt if 'light' lets it"),
+        ({"rewards": {"answer": 1}, "answer": 1}, "'answer' has a gate on 'light', which does not score this prompt"),
         ({}, "Answer needs metadata"),
     ],
 )

@@ -1,4 +1,4 @@
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout import collector as collecting
-from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.pairs import roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import choose_points, deal_points
@@ -33,53 +31,6 @@ def differences(rollout):
     """Half differences of the final latents and of the rewards."""
     values = rollout.scores["brightness"].values.float()
     return half_differences(rollout.trajectories.latents[:, -1]), half_differences(values)
-
-
-class OneOfSome:
-    """The devices of a run, seen from one; its sums over devices are its own."""
-
-    device, epoch = CPU, 0
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def precision(self):
-        return nullcontext()
-
-    def all_sum(self, values):
-        return values
-
-    def track(self, batches):
-        return iter(batches)
-
-    def announce(self, event, *arguments): ...
-
-
-def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4, monkeypatch=None):
-    plan = BatchPlan.derive(
-        num_pairs=8,
-        updates_per_epoch=2,
-        num_steps=6,
-        num_points_per_pair=num_points,
-        batch_size=4,
-        world_size=world_size,
-    )
-    flow = ToyFlow()
-    flow.load()
-    rewards = RewardMix({"brightness": RewardTerm(brightness)})
-    collector = RolloutCollector(
-        flow, rewards, PROMPTS, plan, SAMPLING, OneOfSome(rank), seed=0, rollout_batch_size=chunk_size
-    )
-    if calls is not None:
-
-        def run(flow, rewards, prompts, conditioning, pairs, **options):
-            calls.append(([p.text for p in prompts], list(pairs)))
-            expected = encode_prompts(flow, prompts, 1.0, batch_size=2).tensors["embeds"]
-            assert torch.equal(conditioning.tensors["embeds"], expected)
-            return roll_out(flow, rewards, prompts, conditioning, pairs, **options)
-
-        monkeypatch.setattr(collecting, "roll_out", run)
-    return collector
 
 
 def test_shapes_and_rest():
@@ -140,22 +91,6 @@ def test_batches_hold_what_the_rollout_saw():
     ]
     assert set(seen) == pairs
     assert all(seen.count(one) == 6 for one in pairs)
-
-
-def test_each_update_takes_equally_many_points_from_every_pair():
-    batches = list(make_collector())
-    assert len(batches) == len(make_collector()) == 8
-    for update in (batches[:4], batches[4:]):
-        absolute = torch.cat([batch.reward_difference.abs() for batch in update])
-        assert sorted(torch.unique(absolute, return_counts=True)[1].tolist()) == [2] * 8
-
-
-def test_two_devices_make_the_pairs_of_one(monkeypatch):
-    alone, shared = [], []
-    list(make_collector(calls=alone, chunk_size=8, monkeypatch=monkeypatch))
-    for rank in range(2):
-        list(make_collector(rank, world_size=2, calls=shared, chunk_size=8, monkeypatch=monkeypatch))
-    assert ([t for texts, _ in shared for t in texts], [p for _, pairs in shared for p in pairs]) == alone[0]
 
 
 def test_validation_images_are_fixed_and_without_churn():

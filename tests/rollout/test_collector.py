@@ -1,0 +1,101 @@
+"""The training loader: an epoch of pairs, its scores, and its batches of points."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from lightning_fdfo import RewardMix
+from lightning_fdfo.flows.generate import encode_prompts
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout import collector as collecting
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.devices import Devices
+from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.plan import BatchPlan
+from tests.conftest import ToyFlow, brightness
+from tests.rollout.test_pairs import CPU, PROMPTS, SAMPLING
+
+
+class OneOfSome:
+    """The devices of a run, seen from one; its sums over devices are its own, and events are noted."""
+
+    device, epoch = CPU, 0
+
+    def __init__(self, rank):
+        self.rank, self.events = rank, []
+
+    def precision(self):
+        return nullcontext()
+
+    def all_sum(self, values):
+        return values
+
+    def track(self, batches):
+        return iter(batches)
+
+    def announce(self, event, *arguments):
+        self.events.append((event, *arguments))
+
+
+def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4, monkeypatch=None):
+    plan = BatchPlan.derive(
+        num_pairs=8,
+        updates_per_epoch=2,
+        num_steps=6,
+        num_points_per_pair=num_points,
+        batch_size=4,
+        world_size=world_size,
+    )
+    flow = ToyFlow()
+    flow.load()
+    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    collector = RolloutCollector(
+        flow, rewards, PROMPTS, plan, SAMPLING, OneOfSome(rank), seed=0, rollout_batch_size=chunk_size
+    )
+    if calls is not None:
+
+        def run(flow, rewards, prompts, conditioning, pairs, **options):
+            calls.append(([p.text for p in prompts], list(pairs)))
+            expected = encode_prompts(flow, prompts, 1.0, batch_size=2).tensors["embeds"]
+            assert torch.equal(conditioning.tensors["embeds"], expected)
+            return roll_out(flow, rewards, prompts, conditioning, pairs, **options)
+
+        monkeypatch.setattr(collecting, "roll_out", run)
+    return collector
+
+
+def test_each_update_takes_equally_many_points_from_every_pair():
+    batches = list(make_collector())
+    assert len(batches) == len(make_collector()) == 8
+    for update in (batches[:4], batches[4:]):
+        absolute = torch.cat([batch.reward_difference.abs() for batch in update])
+        assert sorted(torch.unique(absolute, return_counts=True)[1].tolist()) == [2] * 8
+
+
+def test_two_devices_make_the_pairs_of_one(monkeypatch):
+    alone, shared = [], []
+    list(make_collector(calls=alone, chunk_size=8, monkeypatch=monkeypatch))
+    for rank in range(2):
+        list(make_collector(rank, world_size=2, calls=shared, chunk_size=8, monkeypatch=monkeypatch))
+    assert ([t for texts, _ in shared for t in texts], [p for _, pairs in shared for p in pairs]) == alone[0]
+
+
+def test_callbacks_are_called_before_each_batch_and_with_all_that_an_epoch_gave():
+    collector = make_collector(chunk_size=3)
+    list(collector)
+    *batches, (event, rollout, scores) = collector.devices.events
+    assert batches == [("on_rollout_batch_start",)] * 3
+    assert (event, list(rollout.pairs)) == ("on_rollout_end", list(range(8)))
+    assert scores is collector.scores
+    assert scores.prompts == list(rollout.prompts) == [prompt.text for prompt in collector.prompts_of(0, range(8))]
+    assert torch.equal(scores.scores["brightness"].values, rollout.scores["brightness"].values)
+    assert torch.equal(scores.difference, scores.differences["brightness"].values)
+    assert collector.metrics["reward/mean"] == pytest.approx(scores.scores["brightness"].values.mean().item())
+
+
+def test_a_copy_has_no_trainer():
+    copied = copy.deepcopy(Devices(object()))
+    with pytest.raises(RuntimeError, match="a copy of a rollout's Devices has no trainer"):
+        copied.epoch  # noqa: B018
