@@ -22,7 +22,6 @@ SOURCES = sorted(
     if not {"build", ".venv"} & set(path.relative_to(ROOT).parts)
 )
 STILL_LONG = {
-    "lightning_fdfo/flows/diffusers_flow.py",
     "lightning_fdfo/module.py",
     "lightning_fdfo/testing/flow_checks.py",
 }
