@@ -10,7 +10,7 @@ from torch.optim import AdamW
 
 from lightning_fdfo import Batching, Evaluation, FDFOModule, LoRA, Objective, PromptDataModule, Sampling
 from lightning_fdfo.callbacks import BeforeAfter, Curves, LoRAExport
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.flows import StableDiffusion3
 
 folder, epochs = sys.argv[1] if len(sys.argv) > 1 else "runs/plain", int(sys.argv[2]) if len(sys.argv) > 2 else 100
@@ -29,7 +29,7 @@ kept = ModelCheckpoint(  # to go back to; fit itself writes checkpoints/last.ckp
 )
 trainer = Trainer(
     default_root_dir=folder, accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, num_sanity_val_steps=-1,
-    check_val_every_n_epoch=20, log_every_n_steps=1, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
+    check_val_every_n_epoch=20, log_every_n_steps=1, enable_model_summary=False, plugins=[SafeCheckpointIO()],
     logger=[TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)],
     callbacks=[kept, BeforeAfter(), Curves(), LoRAExport()],
 )  # fmt: skip

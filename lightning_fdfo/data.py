@@ -1,29 +1,29 @@
-"""PromptDataModule: prompts to train on and to judge by, checked before any model is loaded."""
+"""PromptDataModule: prompts to train on and to evaluate with, checked before any model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.prompts import Prompt, read_prompts
+from lightning_fdfo.prompts import IndexedPrompt, Prompt, read_prompts
 
 
-class IndexedPrompt(NamedTuple):
-    """A prompt to paint and its place in the file; latents are a function of place and repeat."""
+@runtime_checkable
+class PromptUser(Protocol):
+    """A module that makes images of prompts, as `FDFOModule` does."""
 
-    place: int
-    prompt: Prompt
-    counted: bool = True
-    """False for one that only keeps a device busy while the others paint theirs."""
-    repeat: int = 0
-    """Which of the prompt's images."""
+    def take_prompts(self, train: Sequence[Prompt], val: Sequence[Prompt], images_per_prompt: int) -> None:
+        """Takes a command's prompts before a model is loaded; raises ConfigurationError if they cannot be used."""
+
+    def rollout_loader(self, prompts: Sequence[Prompt]) -> Iterable[Any]:
+        """The training loader: batches that are made of the prompts."""
 
 
 class PromptBatches:
-    """A device's prompts, in the file's order, each as often as it is painted: a block, as many for each device.
+    """A device's prompts, in the file's order, each as often as it has images: a block, as many for each device.
 
     The last device's are filled up with its last prompt, which counts once: sharded weights want as many forwards on
     each, and Lightning's own sampler would count prompts twice.
@@ -38,7 +38,7 @@ class PromptBatches:
     Example:
         >>> prompts = [Prompt(text, "", {}, "") for text in "abc"]
         >>> for batch in PromptBatches(prompts, 2, rank=1, world_size=2):
-        ...     print([(row.place, row.counted) for row in batch])
+        ...     print([(row.prompt_index, row.counted) for row in batch])
         [(2, True), (2, False)]
     """
 
@@ -49,8 +49,8 @@ class PromptBatches:
         share = -(-count // world_size)
         self.rows = []
         for number in range(rank * share, (rank + 1) * share):
-            place, repeat = divmod(min(number, count - 1), repeats)
-            self.rows.append(IndexedPrompt(place, prompts[place], number < count, repeat))
+            index, repeat = divmod(min(number, count - 1), repeats)
+            self.rows.append(IndexedPrompt(index, prompts[index], number < count, repeat))
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -62,11 +62,11 @@ class PromptBatches:
 
 
 class PromptDataModule(LightningDataModule):
-    """Prompts to train on, and to judge by. It reads files; the model makes images of them.
+    """Prompts to train on and to evaluate with. It reads files; the model makes images of them.
 
     Args:
         train: prompt file that rollouts draw from.
-        val: prompt file that validation paints with fixed latents; None validates on nothing.
+        val: prompt file that validation generates images for, from fixed latents; None validates on nothing.
         val_batch_size: images a forward in validation, test and prediction, a device.
         test: prompt file for `test`; None takes `val`.
         predict: prompt file for `predict`; None takes `val`.
@@ -110,9 +110,9 @@ class PromptDataModule(LightningDataModule):
                 option = "data.test" if stage == "test" else "data.predict"
                 raise ConfigurationError(f"{option}: expected a prompt file, got none, nor data.val")
             self.judged_prompts = read_prompts(path)
-        check = getattr(self.trainer.lightning_module if self.trainer else None, "check_prompts", None)
-        if check is not None:
-            check(self.train_prompts, [*self.val_prompts, *self.judged_prompts])
+        module = self.trainer.lightning_module if self.trainer else None
+        if isinstance(module, PromptUser):
+            module.take_prompts(self.train_prompts, [*self.val_prompts, *self.judged_prompts], self.images_per_prompt)
 
     def _read_for_fit(self, stage: str) -> None:
         if stage == "fit":
@@ -126,8 +126,10 @@ class PromptDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[Any]:
         """The rollouts that the model makes of the training prompts."""
-        loader: Iterable[Any] = self.trainer.lightning_module.rollout_loader(self.train_prompts)  # type: ignore[union-attr,operator]
-        return loader
+        module = self.trainer.lightning_module if self.trainer else None
+        if not isinstance(module, PromptUser):
+            raise ConfigurationError(f"data.train: expected an FDFOModule to train, got {type(module).__name__}")
+        return module.rollout_loader(self.train_prompts)
 
     def val_dataloader(self) -> Iterable[Any]:
         """Batches of `IndexedPrompt`s, in the file's order; each device has its share."""
@@ -138,7 +140,7 @@ class PromptDataModule(LightningDataModule):
         return self._batches(self.judged_prompts, self.images_per_prompt)
 
     def predict_dataloader(self) -> Iterable[Any]:
-        """The same of the prompts to paint."""
+        """The same of the prompts to generate images for."""
         return self._batches(self.judged_prompts, self.images_per_prompt)
 
     def _batches(self, prompts: Sequence[Prompt], repeats: int) -> PromptBatches:

@@ -42,6 +42,18 @@ class Prompt(NamedTuple):
     """file:line, for messages"""
 
 
+class IndexedPrompt(NamedTuple):
+    """A prompt to generate an image for; the image's latents are a function of `prompt_index` and `repeat`."""
+
+    prompt_index: int
+    """In its file, from 0."""
+    prompt: Prompt
+    counted: bool = True
+    """False for one that only keeps a device busy while the others generate theirs."""
+    repeat: int = 0
+    """Which of the prompt's images."""
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Reads a prompt file.
 

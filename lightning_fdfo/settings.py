@@ -124,8 +124,8 @@ class Evaluation:
     num_resamples: int = 9999
 
     def __post_init__(self) -> None:
-        check_number("evaluation.confidence", self.confidence, above=0, below=1)
-        check_number("evaluation.num_resamples", self.num_resamples, at_least=1)
+        if not 0 < self.confidence < 1 or self.num_resamples < 1:
+            raise ConfigurationError(f"evaluation: expected 0 < confidence < 1 and num_resamples >= 1, got {self}")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lightning_fdfo import (
     PromptDataModule,
     Sampling,
 )
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.schedules import uniform_sigmas
@@ -142,7 +142,7 @@ def fit(tmp_path: Path, prompts_file: Path) -> Callable[..., Trainer]:
             "devices": 1,
             "gradient_clip_val": 1.0,
             "default_root_dir": tmp_path,
-            "plugins": [AtomicCheckpointIO()],
+            "plugins": [SafeCheckpointIO()],
         }
         train, val = options.pop("train", str(prompts_file)), options.pop("val", None)
         trainer = Trainer(max_epochs=epochs, **(settings | options))
@@ -164,7 +164,7 @@ def judge(tmp_path: Path, prompts_file: Path) -> Callable[..., Any]:
             "accelerator": "cpu",
             "devices": 1,
             "default_root_dir": tmp_path,
-            "plugins": [AtomicCheckpointIO()],
+            "plugins": [SafeCheckpointIO()],
         }
         images = options.pop("images_per_prompt", 3)
         data = PromptDataModule("", str(prompts_file), val_batch_size=4, images_per_prompt=images)

@@ -14,9 +14,9 @@ from PIL import Image
 from lightning_fdfo.callbacks.pictures import pixels, save_image
 from lightning_fdfo.callbacks.provenance import describe_weights
 from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
-from lightning_fdfo.data import IndexedPrompt
 from lightning_fdfo.files import write_text
 from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.prompts import IndexedPrompt
 
 LISTING = "images.jsonl"
 """One JSON object for each image, in order: its file's name, and the text chunks of the file."""
@@ -72,7 +72,7 @@ class ImageWriter(Callback):
 
     def _facts(self, row: IndexedPrompt) -> dict[str, Any]:
         own = {"prompt": row.prompt.text, "negative_prompt": row.prompt.negative}
-        return own | {"index": row.place, "repeat": row.repeat} | self._settings
+        return own | {"index": row.prompt_index, "repeat": row.repeat} | self._settings
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the list: each process lists its own images, and the first one joins the lists."""
@@ -91,12 +91,12 @@ def file_name(row: IndexedPrompt) -> str:
     """Sorts by prompt, then by image, and is safe on every file system.
 
     Example:
-        >>> from lightning_fdfo.prompts import Prompt
+        >>> from lightning_fdfo.prompts import IndexedPrompt, Prompt
         >>> file_name(IndexedPrompt(7, Prompt('../"427" in red', "", {}, ""), repeat=1))
         '000007-01-427_in_red.png'
     """
     words = re.sub(r"[^a-z0-9]+", "_", row.prompt.text.lower())[:MAX_WORDS].strip("_")
-    return f"{row.place:06d}-{row.repeat:02d}{'-' * bool(words)}{words}.png"
+    return f"{row.prompt_index:06d}-{row.repeat:02d}{'-' * bool(words)}{words}.png"
 
 
 def as_text(value: Any) -> str:

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from lightning_fdfo.callbacks.provenance import describe_weights
 from lightning_fdfo.checkpoints.run_folder import numbered_folder, run_folder
-from lightning_fdfo.evaluation.comparison import SIDES, Estimate, Row
+from lightning_fdfo.evaluation.comparison import SIDES, Estimate, MetricRow
 from lightning_fdfo.evaluation.win_rate import WinRate
 from lightning_fdfo.files import write_text
 from lightning_fdfo.module import FDFOModule
@@ -50,7 +50,7 @@ class MetricsWriter(Callback):
         console.print(f"Written to {folder}", highlight=False, soft_wrap=True)
 
 
-def _nested(row: Row) -> dict[str, Any]:
+def _nested(row: MetricRow) -> dict[str, Any]:
     """A row for JSON, which has no NaN."""
     columns = [("tuned", row.tuned), ("base", row.base), ("difference", row.difference), ("win_rate", row.win_rate)]
     return {
@@ -60,7 +60,7 @@ def _nested(row: Row) -> dict[str, Any]:
     }
 
 
-def table_of_values(rows: list[Row]) -> str:
+def table_of_values(rows: list[MetricRow]) -> str:
     """Rows as CSV; a value that was not computed is an empty cell."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -73,7 +73,7 @@ def table_of_values(rows: list[Row]) -> str:
     return file.getvalue()
 
 
-def table(rows: list[Row], confidence: float) -> Table:
+def table(rows: list[MetricRow], confidence: float) -> Table:
     """Rows for a terminal: means ± standard errors, win rates with their intervals."""
     caption = f"means ± standard errors; win rates with intervals of {confidence:.0%}"
     shown = Table(Column(no_wrap=True), *SIDES, "win rate", title="Test", caption=caption)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ MAX_NAMED = 3
 """Checkpoints that an error names in another's place."""
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
+class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's own format, on a local disk; a file is whole or not there, and is read without running code.
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> io, checkpoint = AtomicCheckpointIO(), {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
+        >>> io, checkpoint = SafeCheckpointIO(), {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}
         >>> with TemporaryDirectory() as folder:
         ...     io.save_checkpoint(checkpoint, f"{folder}/a.ckpt")
         ...     print([file.name for file in Path(folder).iterdir()])
@@ -150,69 +150,3 @@ def _refused(file: Path, reason: str) -> ConfigurationError:
     named = ", ".join(other.name for other in others[:MAX_NAMED])
     cure = f"go on from another one in its folder by --ckpt_path FILE: {named}" if named else "there is none beside it"
     return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {cure}")
-
-
-def check_whole(checkpoint: Mapping[str, Any], path: object) -> None:
-    """Raises ConfigurationError for a checkpoint from which no run can go on: it holds weights and no optimiser.
-
-    Example:
-        >>> check_whole({"state_dict": {}, "optimizer_states": []}, "a.ckpt")
-    """
-    if "optimizer_states" not in checkpoint:
-        raise ConfigurationError(
-            f"checkpoint {path} holds weights only, as save_weights_only writes them, and fit cannot go on from it; "
-            "validate, test and predict take it, and a new run begins with a LoRA's file by --model.lora.init_lora"
-        )
-
-
-def check_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Compares settings without which a checkpoint's weights mean something else.
-
-    Raises:
-        ConfigurationError: some differ; the message names them with both values.
-
-    Example:
-        >>> check_settings({"seed": 0, "lora.alpha": 4.0}, {"seed": 0})
-    """
-    has = saved if isinstance(saved, Mapping) else {}
-    differing = [
-        f"with {name}={has.get(name)}, the configuration says {value}"
-        for name, value in own.items()
-        if has.get(name) != value
-    ]
-    if differing:
-        raise ConfigurationError(
-            f"the checkpoint was written {'; '.join(differing)}: use the configuration that it was written with"
-        )
-
-
-def check_weights(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
-    """Compares names and shapes of a checkpoint's weights with those that train here.
-
-    The frozen weights are not in a checkpoint, so that Lightning's own strict loading would not do.
-
-    Raises:
-        ConfigurationError: they are not the same; the first that differs is told with both.
-
-    Example:
-        >>> check_weights({"B": [8, 4]}, {"B": [8, 4]})
-    """
-    differing = [name for name in sorted({*saved, *own}) if list(saved.get(name, ())) != list(own.get(name, ()))]
-    if differing:
-        first = differing[0]
-        has, needs = (list(shapes[first]) if first in shapes else "nothing" for shapes in (saved, own))
-        raise ConfigurationError(
-            f"the checkpoint is of another model or LoRA: {len(differing)} weights differ in name or shape, "
-            f"first {first}: it has {has}, expected {needs}; use the configuration that it was written with"
-        )
-
-
-def optimizer_tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's optimisers, by a name that says which."""
-    return {
-        f"{key} of weight {number}": value
-        for optimizer in checkpoint.get("optimizer_states", ())
-        for number, state in optimizer.get("state", {}).items()
-        for key, value in state.items()
-        if isinstance(value, Tensor)
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,9 +23,7 @@ from lightning_fdfo.training.optimizer_settings import (
     scheduler_record,
 )
 from lightning_fdfo.training.optimizers import build_optimizer
-
-if TYPE_CHECKING:
-    from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.training.protocol import TrainingModule
 
 ENTRY = "settings"
 """Of a checkpoint's `fdfo`."""
@@ -55,7 +53,7 @@ class ResumedSettings(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        module = cast("FDFOModule", pl_module)
+        module = cast(TrainingModule, pl_module)
         saved = checkpoint["fdfo"].get(ENTRY)
         optimizer, scheduler = configured(module)
         self._resumed = resumed_optimizer(
@@ -68,7 +66,7 @@ class ResumedSettings(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets the settings count that do, after Lightning has restored the optimiser."""
-        module = cast("FDFOModule", pl_module)
+        module = cast(TrainingModule, pl_module)
         optimizer, scheduler = configured(module)
         groups = optimizer_groups(optimizer)
         if self._resumed is not None:
@@ -84,7 +82,7 @@ class ResumedSettings(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the record to the checkpoint's `fdfo`."""
-        record = settings_record(cast("FDFOModule", pl_module)) | self._optimizer
+        record = settings_record(cast(TrainingModule, pl_module)) | self._optimizer
         checkpoint.setdefault("fdfo", {})[ENTRY] = record
 
 
@@ -93,11 +91,11 @@ def check_optimizer(module: LightningModule, checkpoint: Mapping[str, Any]) -> N
     identity = checkpoint.get("fdfo")
     saved = identity.get(ENTRY) if isinstance(identity, dict) else None
     placeholder = torch.nn.Parameter(torch.zeros(1))
-    optimizer = build_optimizer(cast("FDFOModule", module).optimizer, [placeholder])
+    optimizer = build_optimizer(cast(TrainingModule, module).optimizer, [placeholder])
     check_same(saved if isinstance(saved, dict) else {}, checkpoint, optimizer)
 
 
-def configured(module: FDFOModule) -> tuple[Optimizer, LRScheduler | None]:
+def configured(module: TrainingModule) -> tuple[Optimizer, LRScheduler | None]:
     """Another optimiser and scheduler as the configuration has them; those that train are left alone."""
     optimizer = module.optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
     if module.lr_scheduler is None:

@@ -12,16 +12,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.base import Reward
 from lightning_fdfo.reward.origin import made_with, source_of
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.training.plain_settings import _SHORT, MAX_TEXT, class_path, differences, plain
-
-if TYPE_CHECKING:
-    from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.training.protocol import TrainingModule
 
 FLOW_SETTINGS = ("dtype", "max_sequence_length", "quantization", "revision")
 """Of a base model, beside its class and name: those that change its velocities."""
@@ -32,7 +30,7 @@ MAX_LINES = 30
 _SHORT.maxstring = _SHORT.maxother = MAX_TEXT
 
 
-def settings_record(module: FDFOModule) -> dict[str, Any]:
+def settings_record(module: TrainingModule) -> dict[str, Any]:
     """The settings of a module, its trainer and its prompts that a run's result depends on, as plain data.
 
     Args:

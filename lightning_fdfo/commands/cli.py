@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.checkpoints.last_checkpoint import LastCheckpoint
 from lightning_fdfo.checkpoints.run_owner import RunOwner
 from lightning_fdfo.commands import exit_code
@@ -181,7 +181,7 @@ class FDFOCLI(LightningCLI):
         trainer |= kwargs
         plugins = as_list(trainer.get("plugins"))
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(AtomicCheckpointIO())
+            plugins.append(SafeCheckpointIO())
         self.trainer_defaults["callbacks"] = list(own_callbacks(self.subcommand, trainer))
         if self.subcommand in ("test", "predict"):  # they write folders of their own, and nothing into a run's logs
             kwargs["logger"] = False

@@ -21,9 +21,10 @@ from lightning_fdfo.commands.cli import FDFOCLI, as_list
 from lightning_fdfo.commands.doctor_probes import Finding, examine
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
-from lightning_fdfo.guards.learning import cannot_learn
+from lightning_fdfo.guards.untrainable_settings import cannot_learn
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.prompts import Prompt, read_prompts
+from lightning_fdfo.reward.prompt_check import check_prompts
 
 MAX_FAULTS = 5
 """Faulty prompts that are listed one by one."""
@@ -133,9 +134,10 @@ def before_loading(
     )
     yield from _fits(module)
     yield _tried(module.fetch_weights, f"the weights of {', '.join(module.rewards.terms)} are available")
-    if module.embedder is not None:
+    if module.evaluator.embedder is not None:
         yield _tried(
-            module.embedder.fetch, f"the weights of {module.evaluation.diversity}, for diversity, are in the cache"
+            module.evaluator.embedder.fetch,
+            f"the weights of {module.evaluation.diversity}, for diversity, are in the cache",
         )
     yield from _prompts(module, data)
     yield from (Finding(False, sentence) for sentence in cannot_learn(module, trainer.max_epochs))
@@ -184,7 +186,7 @@ def _prompts(module: FDFOModule, data: PromptDataModule) -> Iterator[Finding]:
 
 def _fault(module: FDFOModule, prompt: Prompt, train: bool) -> str | None:
     try:
-        module.check_prompts([prompt] if train else [], [] if train else [prompt])
+        check_prompts(module.rewards, module.evaluator.metrics, [prompt] if train else [], [] if train else [prompt])
     except ConfigurationError as error:
         return str(error)
     return None

@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.guards import memory
-from lightning_fdfo.guards.learning import nothing_learned
+from lightning_fdfo.guards.silent_rewards import nothing_learned
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.prompts import Prompt
@@ -26,6 +25,7 @@ from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
 from lightning_fdfo.rollout.scores import gather, weigh
 from lightning_fdfo.settings import Sampling
+from lightning_fdfo.training.trained_state import trainable
 
 
 class Finding(NamedTuple):
@@ -44,7 +44,7 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
         module: attached to a trainer, its model loaded.
         prompt: of the pair.
     """
-    module.place()
+    module.to_device()
     with module.trainer.precision_plugin.forward_context():
         yield _what_trains(module)
         conditioning = module.rollout_loader([prompt]).encode([prompt])
@@ -65,12 +65,8 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
         yield Finding(True, f"while one pair was rolled out and trained on, {format_bytes(peak)} were taken at most")
 
 
-def _trainable(module: FDFOModule) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
 def _what_trains(module: FDFOModule) -> Finding:
-    count = f"{sum(parameter.numel() for parameter in _trainable(module)):,} weights train".replace(",", " ")
+    count = f"{sum(parameter.numel() for parameter in trainable(module).values()):,} weights train".replace(",", " ")
     if module.lora is None:
         return Finding(True, f"the whole transformer: {count}")
     layers = {name.split(".lora_")[0] for name, p in module.flow.named_parameters() if p.requires_grad}
@@ -174,7 +170,7 @@ def _gradient(module: FDFOModule, points: TrajectoryPoints) -> Finding:
     loss, _ = velocity_objective(
         module.velocity(points), points.old_velocity, points.direction, points.reward_difference
     )
-    parameters = _trainable(module)
+    parameters = list(trainable(module).values())
     gradients = [
         gradient for gradient in torch.autograd.grad(loss.mean(), parameters, allow_unused=True) if gradient is not None
     ]
@@ -211,12 +207,12 @@ def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:
         module: loaded.
         conditioning: of one prompt.
     """
-    trainable = _trainable(module)
-    trained = {id(parameter) for parameter in trainable}
+    training = list(trainable(module).values())
+    trained = {id(parameter) for parameter in training}
     frozen = [p for p in module.flow.transformer.parameters() if id(p) not in trained]
     parts = {
         "frozen weights": sum(p.nbytes for p in frozen),
-        "what trains": memory.training_state_bytes(sum(p.numel() for p in trainable)),
+        "what trains": memory.training_state_bytes(sum(p.numel() for p in training)),
     }
     if isinstance(module.flow, DiffusersFlow):
         pipeline = module.flow.pipeline

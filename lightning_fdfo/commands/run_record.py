@@ -9,11 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO, check_whole
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.checkpoints.last_checkpoint import find_last
 from lightning_fdfo.checkpoints.resumed_settings import check_optimizer
 from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.training.trained_state import check_complete
 
 RECORD = "config.yaml"
 """The resolved configuration, in the run's folder."""
@@ -35,7 +36,7 @@ class RunRecord(SaveConfigCallback):
         if file:
             checkpoint = _read(trainer, Path(file))
             if stage == "fit" and checkpoint is not None:
-                check_whole(checkpoint, file)
+                check_complete(checkpoint, file)
                 check_optimizer(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,4 +72,4 @@ def _read(trainer: Trainer, file: Path) -> dict[str, Any] | None:
         ConfigurationError: it cannot be read: before a model is loaded, and for every strategy.
     """
     reader = trainer.strategy.checkpoint_io
-    return reader.load_checkpoint(file, map_location="meta") if isinstance(reader, AtomicCheckpointIO) else None
+    return reader.load_checkpoint(file, map_location="meta") if isinstance(reader, SafeCheckpointIO) else None

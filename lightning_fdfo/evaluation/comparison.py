@@ -1,4 +1,4 @@
-"""What `test` computes: all numbers of the weights that are judged, of the base model, and of their difference."""
+"""What `test` computes: all numbers of the tuned model, of the base model, and of their difference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIVERSITY = "diversity"
 SIDES = ("tuned", "base", "difference")
 
 
-class Painted(NamedTuple):
+class GeneratedImages(NamedTuple):
     """Images of a batch, and what rewards and metrics say of them."""
 
     images: Tensor
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
     """over prompts, see `prompt_mean`"""
 
 
-class Row(NamedTuple):
+class MetricRow(NamedTuple):
     """A number that `test` computes; None where there is no base to compare with, or neither is better."""
 
     name: str
@@ -81,17 +81,17 @@ class Comparison:
         for metric in (*self._means.values(), *self._diversities.values(), *wins):
             metric.to(device)
 
-    def update(self, prompts: Sequence[int], tuned: Painted, base: Painted | None) -> None:
+    def update(self, prompts: Sequence[int], tuned: GeneratedImages, base: GeneratedImages | None) -> None:
         """Adds a batch.
 
         Args:
             prompts: C numbers of prompts.
-            tuned: by the weights that are judged; N >= C images, of which the first C count.
+            tuned: by the tuned model; N >= C images, of which the first C count.
             base: by the base model, from the same latents; None if it is left out.
         """
         numbers, counted = torch.tensor(prompts, dtype=torch.long), slice(len(prompts))
-        painted = {"tuned": tuned} | ({} if base is None else {"base": base})
-        values = {side: _values(each, counted) for side, each in painted.items()}
+        images_of = {"tuned": tuned} | ({} if base is None else {"base": base})
+        values = {side: _values(each, counted) for side, each in images_of.items()}
         self.names = list(values["tuned"])
         self.compared = [name for name in self.names if name in self.higher_is_better]
         columns = {side: _columns(each, self.names) for side, each in values.items()}
@@ -107,15 +107,15 @@ class Comparison:
             )
             self._wins.update(numbers, signs * ours, signs * theirs, scored & also_scored)
         for side, diversity in self._diversities.items():
-            diversity.update(numbers, cast(Embedder, self.embedder)(painted[side].images)[counted])
+            diversity.update(numbers, cast(Embedder, self.embedder)(images_of[side].images)[counted])
 
-    def compute(self) -> list[Row]:
+    def compute(self) -> list[MetricRow]:
         """Over all batches and devices; each device must call it."""
         means = {side: metric.compute() for side, metric in self._means.items()}
         rates = {} if self._wins is None else dict(zip(self.compared, self._wins.compute(), strict=True))
         rows = []
-        for place, name in enumerate(self.names):
-            estimates = [_estimate(means[side], place) if side in means else None for side in SIDES]
+        for index, name in enumerate(self.names):
+            estimates = [_estimate(means[side], index) if side in means else None for side in SIDES]
             rows.append(_row(name, estimates, rates.get(name)))
         if self._diversities:
             found = {side: metric.compute() for side, metric in self._diversities.items()}
@@ -123,9 +123,9 @@ class Comparison:
         return rows
 
 
-def _values(painted: Painted, counted: slice) -> dict[str, Scores]:
-    statistics = {f"image/{name}": Scores.of(value.cpu()) for name, value in image_statistics(painted.images).items()}
-    return {name: values.select(counted) for name, values in (painted.scores | statistics).items()}
+def _values(generated: GeneratedImages, counted: slice) -> dict[str, Scores]:
+    statistics = {f"image/{name}": Scores.of(value.cpu()) for name, value in image_statistics(generated.images).items()}
+    return {name: values.select(counted) for name, values in (generated.scores | statistics).items()}
 
 
 def _columns(scores: Mapping[str, Scores], names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -136,13 +136,13 @@ def _columns(scores: Mapping[str, Scores], names: Sequence[str]) -> tuple[Tensor
     return torch.cat(values, dim=1), torch.cat(scored, dim=1)
 
 
-def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> Row:
+def _row(name: str, estimates: Sequence[Estimate | None], rate: WinRate | None) -> MetricRow:
     tuned, base, difference = estimates
-    return Row(name, cast(Estimate, tuned), base, difference, rate)
+    return MetricRow(name, cast(Estimate, tuned), base, difference, rate)
 
 
-def _estimate(mean: Mean, place: int = 0) -> Estimate:
-    return Estimate(mean.mean[place].item(), mean.standard_error[place].item())
+def _estimate(mean: Mean, index: int = 0) -> Estimate:
+    return Estimate(mean.mean[index].item(), mean.standard_error[index].item())
 
 
 def _diversities(found: Mapping[str, Distances]) -> Iterator[Estimate | None]:

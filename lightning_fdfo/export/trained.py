@@ -10,7 +10,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO, check_weights
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_saved, first_not_finite
 from lightning_fdfo.flows import DiffusersFlow
@@ -18,6 +18,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_contents import check_lora_file
 from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, fold_file, save_lora
+from lightning_fdfo.training.trained_state import check_weights, shapes, trainable
 
 PREFIX = "flow.transformer."
 """Of a checkpoint's names: where the module keeps the transformer."""
@@ -87,7 +88,7 @@ def write_pipeline(flow: DiffusersFlow, lora: Path | None, checkpoint: Path | No
 
 def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     """A checkpoint's weights, by their names in the module; their average if it holds one."""
-    saved = AtomicCheckpointIO().load_checkpoint(checkpoint)
+    saved = SafeCheckpointIO().load_checkpoint(checkpoint)
     averages = [state["average"] for state in saved.get("callbacks", {}).values() if "average" in state]
     weights: dict[str, Tensor] = averages[0] if averages and averages[0] else saved["state_dict"]
     check_saved(weights, "weights")
@@ -97,7 +98,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def _fill(flow: DiffusersFlow, weights: Mapping[str, Tensor]) -> None:
     """Copies weights into those that train, each of which must be there."""
-    own = {PREFIX + name: p for name, p in flow.transformer.named_parameters() if p.requires_grad}
-    check_weights(*({name: list(value.shape) for name, value in part.items()} for part in (weights, own)))
+    own = {PREFIX + name: parameter for name, parameter in trainable(flow.transformer).items()}
+    check_weights(shapes(weights), shapes(own))
     for name, parameter in own.items():
         parameter.copy_(weights[name])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -24,9 +24,7 @@ from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows.lora import check_rank, lora_numel
 from lightning_fdfo.flows.quantization import BYTES
 from lightning_fdfo.guards import memory
-
-if TYPE_CHECKING:
-    from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.training.protocol import TrainingModule
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container is told how much memory it may take."""
@@ -48,7 +46,7 @@ class Need(NamedTuple):
     """that it comes from"""
 
 
-def check_capacity(module: FDFOModule, transformer: nn.Module, fit: bool = True) -> None:
+def check_capacity(module: TrainingModule, transformer: nn.Module, fit: bool = True) -> None:
     """Refuses a run that cannot fit, before it works for ever or is killed; warns of one that may not.
 
     Args:
@@ -121,7 +119,7 @@ def _listed(needs: Sequence[Need], sizes: Sequence[int]) -> str:
     )
 
 
-def _frozen(module: FDFOModule, transformer: nn.Module) -> Need:
+def _frozen(module: TrainingModule, transformer: nn.Module) -> Need:
     """The base model, in the dtype that the flow says, or has."""
     flow, quantization = module.flow, getattr(module.flow, "quantization", None)
     dtype = getattr(flow, "dtype", None)
@@ -138,7 +136,7 @@ def _trained(numel: int, settings: str) -> Need:
     return Need("what trains, with its gradient", least, memory.training_state_bytes(numel), settings)
 
 
-def _at_rest(module: FDFOModule, numel: int, processes: int) -> list[Need]:
+def _at_rest(module: TrainingModule, numel: int, processes: int) -> list[Need]:
     """The rollout of this machine's processes; it is held twice while its chunks are joined."""
     sampling = module.sampling
     size = processes * memory.rollout_bytes(_pairs(module), sampling.num_steps, numel, 0)
@@ -148,7 +146,7 @@ def _at_rest(module: FDFOModule, numel: int, processes: int) -> list[Need]:
     return [Need("an epoch's rollout", size, 2 * size, settings)]
 
 
-def _work(module: FDFOModule, numel: int, fit: bool) -> list[Need]:
+def _work(module: TrainingModule, numel: int, fit: bool) -> list[Need]:
     """A chunk of the rollout with its images, or a batch of points: whichever is larger."""
     if not fit:
         return []
@@ -167,7 +165,7 @@ def _work(module: FDFOModule, numel: int, fit: bool) -> list[Need]:
     return [Need("a batch of points", batch, batch, f"batch_size={module.batching.batch_size}, {settings}")]
 
 
-def _pairs(module: FDFOModule) -> int:
+def _pairs(module: TrainingModule) -> int:
     """Of a device, whether or not the plan works out: numbers that are too large are the first thing to say."""
     return max(module.batching.num_pairs // module.trainer.world_size, 0)
 

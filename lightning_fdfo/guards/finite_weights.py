@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lightning_fdfo.errors import DivergenceError
 from lightning_fdfo.finite import finite_tensors
 from lightning_fdfo.parallel import all_sum, reshard
+from lightning_fdfo.rollout.points import TrajectoryPoints
+from lightning_fdfo.training.protocol import TrainingModule
+from lightning_fdfo.training.trained_state import trainable
+from lightning_fdfo.training.update_guard import recovery
 
-if TYPE_CHECKING:
-    from lightning_fdfo.module import FDFOModule
-    from lightning_fdfo.rollout.points import TrajectoryPoints
+
+class _WithVelocity(TrainingModule, Protocol):
+    def velocity(self, batch: TrajectoryPoints) -> Tensor:
+        """At a batch's points."""
 
 
 class FiniteWeights(Callback):
-    """Ends a run whose weights, or the velocities that they give, are not finite; and one that has updated nothing.
+    """Ends a run whose weights, or the velocities that they give, are not finite.
 
     Weights are read after each optimiser step, all of them. At an epoch's end, before its checkpoint is written, the
     velocity is taken at one of its points: weights can be finite and still of no use. The module has this guard by
     itself (`FDFOModule.configure_callbacks`): a configuration need not name it.
 
     Raises:
-        DivergenceError: at the step, at the epoch's end, or at the end of a run all of whose updates were skipped.
+        DivergenceError: at the step, or at the epoch's end.
     """
 
     def __init__(self) -> None:
@@ -45,15 +51,15 @@ class FiniteWeights(Callback):
         """Reads the weights if this batch has ended in an optimiser step; keeps a point for the epoch's end."""
         if trainer.global_step == self._step:
             return
-        self._step, module = trainer.global_step, cast("FDFOModule", pl_module)
+        self._step = trainer.global_step
         self._point = batch.first()
-        weights = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        weights = trainable(pl_module)
         broken = all_sum(trainer, (~finite_tensors(list(weights.values()))).float())
         if broken.any():
             first = list(weights)[int(broken.argmax())]
             raise DivergenceError(
                 f"epoch {trainer.current_epoch}, update {trainer.global_step - 1}: {int((broken > 0).sum())} of "
-                f"{len(weights)} weights are not finite after it, first {first}; {advice(trainer)}"
+                f"{len(weights)} weights are not finite after it, first {first}; {recovery(trainer)}"
             )
 
     @torch.no_grad()
@@ -61,32 +67,12 @@ class FiniteWeights(Callback):
         """Takes the velocity at one point; here dropout is off again, and checkpoints are still to come."""
         if self._point is None:
             return
-        module = cast("FDFOModule", pl_module)
+        module = cast(_WithVelocity, pl_module)
         with trainer.precision_plugin.forward_context():
             velocity = module.velocity(self._point)
         reshard(module.flow.transformer)  # the checkpoint that comes next takes each device's own part
         if all_sum(trainer, (~velocity.isfinite()).any().float().reshape(1)).any():
             raise DivergenceError(
                 f"epoch {trainer.current_epoch}: with the weights after its last update, velocities are not finite; "
-                f"{advice(trainer)}"
+                f"{recovery(trainer)}"
             )
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that has skipped all its updates has trained nothing."""
-        module = cast("FDFOModule", pl_module)
-        if module.num_updates and module.num_skipped == module.num_updates:
-            raise DivergenceError(
-                f"all {module.num_updates} updates of this run were skipped, for their gradients were not finite: "
-                "nothing has been trained; look at the rewards, and try a smaller learning rate or guidance_scale"
-            )
-
-
-def advice(trainer: Trainer) -> str:
-    """What to do after weights have diverged, with the last checkpoint if there is one."""
-    callbacks = trainer.checkpoint_callbacks
-    paths = [getattr(one, name, "") for name in ("last_model_path", "best_model_path") for one in callbacks]
-    last = next(filter(None, paths), "")
-    return (
-        f"go on from {last or 'an earlier checkpoint'} with a smaller learning rate, or look at the rewards of the "
-        "last epochs"
-    )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.guards.learning import cannot_learn, nothing_learned
+from lightning_fdfo.guards.silent_rewards import nothing_learned
+from lightning_fdfo.guards.untrainable_settings import cannot_learn
 from lightning_fdfo.rollout.pairs import Rollout
 from lightning_fdfo.rollout.scores import EpochScores
-
-if TYPE_CHECKING:
-    from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.training.protocol import TrainingModule
 
 
 class LearningGuard(Callback):
@@ -31,7 +30,7 @@ class LearningGuard(Callback):
         if stage != "fit":
             return
         self._reported, self._rolled_out, self._trained = set(), False, False
-        if found := cannot_learn(cast("FDFOModule", pl_module), trainer.max_epochs):
+        if found := cannot_learn(cast(TrainingModule, pl_module), trainer.max_epochs):
             raise ConfigurationError("; ".join(found))
 
     def on_rollout_end(
@@ -40,7 +39,7 @@ class LearningGuard(Callback):
         """Reports what teaches nothing in the epoch, by name; numbers are those of all devices."""
         self._rolled_out = True
         self._trained = self._trained or bool(scores.difference.any())
-        for key, sentence in nothing_learned(scores, cast("FDFOModule", pl_module).rewards, trainer.current_epoch):
+        for key, sentence in nothing_learned(scores, cast(TrainingModule, pl_module).rewards, trainer.current_epoch):
             if key not in self._reported:
                 self._reported.add(key)
                 rank_zero_warn(sentence)
@@ -49,12 +48,3 @@ class LearningGuard(Callback):
         """Says so if no pair of this process's epochs has trained anything; those before a resume may have."""
         if self._rolled_out and not self._trained:
             rank_zero_warn("no pair of any epoch of this process had a difference: they taught nothing")
-
-
-def check_trainable(module: LightningModule) -> None:
-    """Raises ConfigurationError if no weight of a loaded module trains."""
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigurationError(
-            "the model has no weight that trains: expected a LoRA with targets (model.lora), or a flow whose train_all "
-            "makes its transformer trainable"
-        )

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_saved
 from lightning_fdfo.settings import check_number
+from lightning_fdfo.training.trained_state import trainable
 
 
 class EMA(Callback):
@@ -94,7 +95,7 @@ class EMA(Callback):
     def _start(self, pl_module: LightningModule) -> None:
         if self.average:
             _check(self.average, pl_module)
-        self.average = {name: _like(self.average.get(name, p), p) for name, p in _trainable(pl_module).items()}
+        self.average = {name: _like(self.average.get(name, p), p) for name, p in trainable(pl_module).items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -103,7 +104,7 @@ class EMA(Callback):
             return
         self._step = trainer.global_step
         share = 1 - self.decay_after(self.num_updates)
-        for name, parameter in _trainable(pl_module).items():
+        for name, parameter in trainable(pl_module).items():
             self.average[name].lerp_(parameter.float(), share)
         self.num_updates += 1
 
@@ -156,24 +157,20 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
-        weights = _trainable(pl_module)
+        weights = trainable(pl_module)
         self._raw = {name: parameter.detach().clone() for name, parameter in weights.items()}
         for name, parameter in weights.items():
             parameter.copy_(self.average[name])
 
     @torch.no_grad()
     def _swap_back(self, pl_module: LightningModule) -> None:
-        weights = _trainable(pl_module) if self._raw else {}
+        weights = trainable(pl_module) if self._raw else {}
         for name, parameter in weights.items():
             parameter.copy_(self._raw[name])
         self._raw = {}
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -185,7 +182,7 @@ def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _check(average: Mapping[str, Tensor], pl_module: LightningModule) -> None:
-    weights = _trainable(pl_module)
+    weights = trainable(pl_module)
     for name in sorted(set(average) | set(weights)):
         has, needs = (tuple(values[name].shape) if name in values else "nothing" for values in (average, weights))
         if has != needs:

@@ -22,12 +22,12 @@ def describe_model(flow: object) -> str:
     return f"Model: {Path(pretrained).name if Path(pretrained).is_dir() else pretrained} ({kind})"
 
 
-def describe_rewards(terms: Mapping[str, RewardTerm], metrics: Mapping[str, RewardTerm]) -> str:
+def describe_rewards(terms: Mapping[str, RewardTerm], metrics: Mapping[str, RewardTerm] | None = None) -> str:
     """One line on a mixture and on what validation scores beside it.
 
     Example:
         >>> from lightning_fdfo.reward.term import parse_terms
-        >>> describe_rewards(parse_terms({"OCR": 1.0, "JPEGSize": {"reward": "JPEGSize", "weight": 0}}), {})
+        >>> describe_rewards(parse_terms({"OCR": 1.0, "JPEGSize": {"reward": "JPEGSize", "weight": 0}}))
         'Rewards: 1 OCR + 0 JPEGSize'
     """
     weights = [f"{_weight(term.weight)} {name}" for name, term in terms.items()]

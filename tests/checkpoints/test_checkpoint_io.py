@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO, check_settings, check_weights
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.training.trained_state import check_settings, check_weights
 
-IO = AtomicCheckpointIO()
+IO = SafeCheckpointIO()
 WEIGHTS = torch.arange(100_000.0)
 
 
@@ -185,7 +186,7 @@ for name in ("epoch=1.ckpt", "last.ckpt"):
     for stage in ("before", "midst", "written", "renamed"):
         run = f"{stage}-{name}"
         assert apart(killed, run, stage, name) == 9, run
-        last = checkpoint.AtomicCheckpointIO().load_checkpoint(last_file(folder / run))
+        last = checkpoint.SafeCheckpointIO().load_checkpoint(last_file(folder / run))
         partial = list((folder / run).rglob(".*.partial-*"))
         assert len(partial) == (stage != "renamed"), (run, partial)
         assert apart(fit, run, 4, "last") == 0, run

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.checkpoints.last_checkpoint import LastCheckpoint, find_last, last_file
 from lightning_fdfo.checkpoints.run_owner import MARK
 from lightning_fdfo.errors import ConfigurationError
@@ -34,7 +34,7 @@ def test_it_is_there_after_each_epoch_and_atomic_and_nobody_has_to_ask(toy_modul
     look = Look(tmp_path)
     trainer = fit(toy_module(), 4, callbacks=[look], **WITH)
     assert look.epochs == [None, 0, 1, 2, 3]
-    assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    assert type(trainer.strategy.checkpoint_io) is SafeCheckpointIO
     assert isinstance(trainer.callbacks[-1], LastCheckpoint), "it is written after all others"
 
 

@@ -48,7 +48,7 @@ def test_it_is_torchmetrics_own(clip, toy_module, judge):
     images, texts = by_hand(module), [prompt.text for prompt in PROMPTS for _ in range(3)]
     with torch.no_grad():
         each, mean = theirs(clip, images, texts)
-    ours = module.metrics(images, texts, [{}] * 15)["CLIPScore"].values
+    ours = module.evaluator.metrics(images, texts, [{}] * 15)["CLIPScore"].values
     assert each.std() > 3
     torch.testing.assert_close(ours.float(), each, rtol=0, atol=0.05)
     found = rows(module)["CLIPScore"]

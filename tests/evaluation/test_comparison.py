@@ -117,7 +117,7 @@ def test_a_prompts_images_differ_and_the_first_is_validations(toy_module, judge)
     torch.testing.assert_close(one, torch.cat(seen["validation"]))
     torch.testing.assert_close(three[::3], one)
     assert len(three.flatten(1).unique(dim=0)) == 15
-    labels = [(row.place, row.repeat) for output in outputs[3] for row in output["rows"]]
+    labels = [(row.prompt_index, row.repeat) for output in outputs[3] for row in output["rows"]]
     assert labels == list(zip(PLACES, REPEATS, strict=True))
 
 
@@ -128,7 +128,7 @@ def test_diversity_by_hand(toy_module, judge, checkpoint, tmp_path):
     judge(module, ckpt_path=path)
     distances = []
     for images in (by_hand(module, trained), by_hand(module)):
-        embeddings = module.embedder(images).double().numpy()
+        embeddings = module.evaluator.embedder(images).double().numpy()
         units = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
         pairs = [[1 - units[3 * p + i] @ units[3 * p + j] for i, j in ((0, 1), (0, 2), (1, 2))] for p in range(5)]
         distances.append(np.mean(pairs, axis=1))
@@ -159,10 +159,11 @@ def test_an_embedder_that_is_not_there_is_told_for_test_alone_before_the_model_l
 def test_without_the_base_it_is_not_painted(toy_module, judge, monkeypatch):
     painted = []
     module = toy_module(evaluation=Evaluation(base=False), lora=None)
-    monkeypatch.setattr(module, "_painted", lambda batch, real=module._painted: painted.append(batch) or real(batch))
+    evaluate = module.evaluator.evaluate
+    monkeypatch.setattr(module.evaluator, "evaluate", lambda *given: painted.append(given) or evaluate(*given))
     judge(module)
     assert len(painted) == 4
-    assert module._base is None
+    assert module.evaluator._base is None
     assert all(row.base is row.difference is row.win_rate is None for row in module.comparison)
 
 

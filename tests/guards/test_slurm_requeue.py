@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fdfo.callbacks import SLURMRequeue
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.guards.slurm_requeue import is_requeued
 
 JOB = {"NTASKS": "1", "JOB_ID": "4321", "JOB_NAME": "fdfo", "NODELIST": "localhost"}
@@ -38,7 +38,7 @@ def job(tmp_path, monkeypatch):
 def run(toy_module, fit, tmp_path, environment, callback):
     saving = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True)
     callbacks = [callback, Warned(), saving]
-    plugins = [environment, AtomicCheckpointIO()]
+    plugins = [environment, SafeCheckpointIO()]
     fit(toy_module(), 2, callbacks=callbacks, enable_checkpointing=True, plugins=plugins, barebones=False)
 
 

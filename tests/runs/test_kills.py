@@ -19,7 +19,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.reward.mix import RewardMix
 from tests.runs import shipped
 from tests.runs.test_parallel import ROOT, WAYS, checkpoint, overlay
@@ -57,7 +57,7 @@ class At(Callback):
         return (moment, self.trainer.current_epoch) == (self.moment, self.epoch)
 
     def watch(self, pl_module):
-        velocity, score, write = pl_module.flow.velocity, RewardMix.__call__, AtomicCheckpointIO.save_checkpoint
+        velocity, score, write = pl_module.flow.velocity, RewardMix.__call__, SafeCheckpointIO.save_checkpoint
         save = torch.save
 
         def watched_velocity(*arguments):
@@ -81,7 +81,7 @@ class At(Callback):
             self.fire("logging" if "last" in Path(path).name else "between")
 
         pl_module.flow.velocity = watched_velocity
-        RewardMix.__call__, AtomicCheckpointIO.save_checkpoint, torch.save = watched_score, watched_write, watched_save
+        RewardMix.__call__, SafeCheckpointIO.save_checkpoint, torch.save = watched_score, watched_write, watched_save
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch and trainer.global_rank == self.rank:
@@ -173,7 +173,7 @@ def is_the_same(folder, whole):
 def are_whole(folder):
     """Each checkpoint that a run has left can be loaded, its checksums compared."""
     paths = sorted((folder / "run").glob("hpc_ckpt_*.ckpt")) + sorted((folder / "run/checkpoints").glob("*.ckpt"))
-    return {path.name: AtomicCheckpointIO().load_checkpoint(path)["epoch"] for path in paths}
+    return {path.name: SafeCheckpointIO().load_checkpoint(path)["epoch"] for path in paths}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lightning_fdfo import Batching, FDFOModule, LoRA, PromptDataModule, Sampling
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.commands import console
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import StableDiffusion3
@@ -271,7 +271,7 @@ class RunsCode:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_runs_code_of_a_checkpoint(command, module, data, tmp_path):
     saved, ran = tmp_path / "mine.ckpt", tmp_path / "ran"
-    AtomicCheckpointIO().save_checkpoint(
+    SafeCheckpointIO().save_checkpoint(
         {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "more": RunsCode(ran)}, saved
     )
     options = {"enable_checkpointing": False} if command == "fit" else {}

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_fdfo import LoRA, PromptDataModule
 from lightning_fdfo.callbacks import EMA, LoRAExport
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.lora_files import LORA_FILE
 from tests.conftest import trainable
@@ -176,7 +176,7 @@ def test_validate_judges_a_checkpoints_average(toy_module, fit, weights, val, tm
     watch, other = Watch(), toy_module()
     trainer = Trainer(
         logger=False, enable_progress_bar=False, accelerator="cpu", callbacks=[EMA(0.5), watch],
-        plugins=[AtomicCheckpointIO()], default_root_dir=tmp_path, enable_model_summary=False,
+        plugins=[SafeCheckpointIO()], default_root_dir=tmp_path, enable_model_summary=False,
     )  # fmt: skip
     trainer.validate(other, PromptDataModule(str(prompts_file), val), ckpt_path=path, verbose=False)
     assert_same(watch.in_validation[0], ema.average)

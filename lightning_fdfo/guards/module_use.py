@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.compile import to_uncompiled
 
-from lightning_fdfo.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from lightning_fdfo.flows.base import FlowModel
-    from lightning_fdfo.module import FDFOModule
+from lightning_fdfo.flows.base import FlowModel
 
 COMPILED = (
     "torch.compile: FDFOModule cannot be compiled, for its steps sample, call rewards and log; give the Trainer the "
@@ -22,7 +17,7 @@ COMPILED = (
 )
 
 
-def check_module(module: FDFOModule) -> None:
+def check_use(module: LightningModule) -> None:
     """Refuses a compiled module, and a trainer without prompts.
 
     Lightning puts compiled steps in the place of the module's own; they are put back, so that the module can be used.
@@ -55,19 +50,19 @@ def check_flow_is_new(flow: FlowModel) -> None:
         )
 
 
-def say_where_it_begins(module: FDFOModule) -> None:
-    """Says so if a `fit` without `ckpt_path` begins from trained weights, as in a notebook's cell that is run again."""
-    if module.has_trained and module.trainer.ckpt_path is None:
+def report_start(has_trained: bool, ckpt_path: object) -> None:
+    """Reports a `fit` without `ckpt_path` from trained weights, as in a notebook's cell that is run again."""
+    if has_trained and ckpt_path is None:
         rank_zero_info(
             "This fit begins from weights that an earlier fit or checkpoint has left in the module, with a new "
             "optimizer; to go on exactly give ckpt_path, to begin anew build a new FDFOModule"
         )
 
 
-def read_safely(trainer: Trainer) -> None:
+def use_safe_checkpoints(trainer: Trainer) -> None:
     """Lets a trainer read and write checkpoints as the command does, unless it has a plugin for it.
 
     Lightning's own would run code that a checkpoint may hold.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()

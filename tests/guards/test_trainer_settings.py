@@ -27,7 +27,7 @@ from lightning.pytorch.tuner import Tuner
 
 from lightning_fdfo import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.guards import trainer as trainer_guard
+from lightning_fdfo.guards import trainer_settings
 
 EPOCHS = 2
 UPDATES, BATCHES = 2, 4
@@ -170,7 +170,7 @@ def test_every_callback_of_lightnings_is_decided_about():
         "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint", "ProgressBar",
         "RichModelSummary", "RichProgressBar", "TQDMProgressBar", "ThroughputMonitor", "SpikeDetection", "Timer",
     }  # fmt: skip
-    refused = {name for name in theirs.__all__ if issubclass(getattr(theirs, name), tuple(trainer_guard.REFUSED))}
+    refused = {name for name in theirs.__all__ if issubclass(getattr(theirs, name), tuple(trainer_settings.REFUSED))}
     assert refused | harmless == set(theirs.__all__)
 
 

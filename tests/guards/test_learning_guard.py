@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from lightning_fdfo import Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.guards.learning import cannot_learn
+from lightning_fdfo.guards.untrainable_settings import cannot_learn
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from tests.conftest import ToyFlow, brightness
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
@@ -26,10 +25,10 @@ from lightning.pytorch.callbacks.timer import Interval
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.rollout.plan import BatchPlan
 
-if TYPE_CHECKING:
-    from lightning_fdfo.rollout.plan import BatchPlan
-
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
 _AVERAGES = "it copies the frozen weights too, and its checkpoints hold the average in place of the weights"
 REFUSED: Mapping[type[Callback], str] = {
     GradientAccumulationScheduler: "the accumulation follows from model.batching, "
@@ -62,7 +61,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
                 raise ConfigurationError(f"trainer.callbacks: {type(callback).__name__} cannot be used: {reason}")
 
 
-def check_trainer(trainer: Trainer, plan: BatchPlan) -> None:
+def check_epoch(trainer: Trainer, plan: BatchPlan) -> None:
     """Refuses settings of `fit` under which an epoch would not be its updates.
 
     Args:
@@ -113,6 +112,25 @@ def check_clipping(value: float | None) -> None:
         raise ConfigurationError(f"trainer.gradient_clip_val: expected above 0, or null for none, got {value}")
 
 
+def check_precision(trainer: Trainer) -> None:
+    """Raises ConfigurationError for a precision in which latents, sigma or the objective would not stay float32."""
+    if trainer.precision not in PRECISIONS:
+        raise ConfigurationError(
+            f"trainer.precision={trainer.precision}: expected one of {', '.join(PRECISIONS)}; "
+            "the frozen weights have a dtype of their own, model.flow.init_args.dtype"
+        )
+
+
+def derive_accumulation(trainer: Trainer, plan: BatchPlan) -> None:
+    """Lets an update be as many batches as the plan says; raises ConfigurationError if another number was set."""
+    given, derived = trainer.accumulate_grad_batches, plan.batches_per_update
+    if given not in (1, derived):
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches={given}: leave it out, it is derived (here {derived})"
+        )
+    trainer.accumulate_grad_batches = derived
+
+
 def check_accumulation(trainer: Trainer, plan: BatchPlan) -> None:
     """Raises ConfigurationError if something has changed the accumulation that was derived at set-up."""
     if trainer.accumulate_grad_batches != plan.batches_per_update:
@@ -133,7 +151,7 @@ def stop_between_epochs(trainer: Trainer) -> None:
             callback._interval = Interval.epoch  # max_time offers no other way
 
 
-def guard(trainer: Trainer, plan: BatchPlan | None) -> None:
+def check_trainer_settings(trainer: Trainer, plan: BatchPlan | None) -> None:
     """All of this, before a callback's first hook and before any model is loaded.
 
     Args:
@@ -141,9 +159,9 @@ def guard(trainer: Trainer, plan: BatchPlan | None) -> None:
         plan: the arithmetic of an epoch; None where nothing is trained.
 
     Raises:
-        ConfigurationError: see `check_callbacks` and `check_trainer`.
+        ConfigurationError: see `check_callbacks` and `check_epoch`.
     """
     check_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     if trainer.state.fn == TrainerFn.FITTING and plan is not None:
-        check_trainer(trainer, plan)
+        check_epoch(trainer, plan)
         stop_between_epochs(trainer)

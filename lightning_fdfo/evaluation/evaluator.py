@@ -1,0 +1,178 @@
+"""Evaluator: generates images without churn, scores them, and compares the tuned model with the base.
+
+    prompts --generate--> images --score--> rewards and metrics --update--> Comparison --compute--> rows of `test`
+
+`validate` uses the first two steps, `predict` the first alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.evaluation.comparison import Comparison, GeneratedImages, MetricRow
+from lightning_fdfo.evaluation.embedders import named_embedder
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.generate import generate
+from lightning_fdfo.prompts import IndexedPrompt, Prompt
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.routing import is_for, routes
+from lightning_fdfo.reward.scores import Scores
+from lightning_fdfo.settings import Evaluation, Sampling
+from lightning_fdfo.training.base_weights import BaseWeights
+
+
+class Evaluator:
+    """What `validate`, `test` and `predict` do with a flow, a mixture and its metrics.
+
+    Args:
+        flow: the model, loaded before the first image.
+        rewards: the mixture that trains.
+        evaluation: the metrics, and what `test` computes.
+        sampling: how images are sampled; churn is not used.
+        seed: the run's; it fixes latents and bootstraps.
+        drop: whether a reward that fails leaves its images without a score, instead of ending the run.
+
+    Raises:
+        ConfigurationError: a metric has the name of a reward, or is called `reward`.
+    """
+
+    def __init__(
+        self, flow: FlowModel, rewards: RewardMix, evaluation: Evaluation, sampling: Sampling, seed: int, *, drop: bool
+    ) -> None:
+        self.flow = flow
+        self.rewards = rewards
+        self.metrics = RewardMix(evaluation.metrics) if evaluation.metrics else None
+        self.evaluation = evaluation
+        self.sampling = sampling
+        self.seed = seed
+        self.drop = drop
+        self.embedder = named_embedder(evaluation.diversity) if evaluation.diversity is not None else None
+        self.rows: list[MetricRow] = []
+        """What the last `test` has computed."""
+        self._unscored: set[str] = set()
+        self._base: BaseWeights | None = None
+        self._comparison: Comparison | None = None
+        names = [name for mixture in self.mixtures for name in mixture.terms]
+        taken = sorted({name for name in names if name == "reward" or names.count(name) > 1})
+        if taken:
+            raise ConfigurationError(f"rewards and metrics are logged by name: {taken} would be two; rename one")
+
+    @property
+    def mixtures(self) -> list[RewardMix]:
+        """The rewards, and the metrics if there are any."""
+        return [self.rewards] if self.metrics is None else [self.rewards, self.metrics]
+
+    def fetch(self, test: bool) -> None:
+        """Finds the files that rewards, metrics and, for `test`, the embedder need; fetches what is missing."""
+        for mixture in self.mixtures:
+            mixture.fetch()
+        if test and self.embedder is not None:
+            self.embedder.fetch()
+
+    def setup(self, device: torch.device) -> None:
+        """Puts rewards and metrics on the device."""
+        for mixture in self.mixtures:
+            mixture.setup(device)
+
+    def expect(self, prompts: Iterable[Prompt]) -> None:
+        """Takes the prompts to come: a name that none of them goes to gets no numbers."""
+        metadata = [prompt.metadata for prompt in prompts]
+        names = [name for mixture in self.mixtures for name in mixture.terms]
+        self._unscored = {name for name in names if not any(is_for(name, row) for row in metadata)}
+
+    def generate(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
+        """Images of all rows, [N, 3, H, W] in [0, 1]; latents are a function of seed, index and repeat."""
+        return generate(
+            self.flow,
+            [row.prompt for row in batch],
+            [row.prompt_index for row in batch],
+            seed=self.seed,
+            sampling=self.sampling,
+            device=device,
+            repeats=[row.repeat for row in batch],
+        )
+
+    def score(self, images: Tensor, batch: Sequence[IndexedPrompt], epoch: int) -> dict[str, Scores]:
+        """Scores of all rows, by name.
+
+        The total, `reward`, is left out while a term's deviation is not known yet, and a name that no expected prompt
+        goes to.
+        """
+        texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
+        rewards, *metrics = (
+            mix(images, texts, metadata, routes=routes(mix.terms, metadata), drop=self.drop) for mix in self.mixtures
+        )
+        total = {"reward": self.rewards.total(rewards, epoch)} if self.rewards.scales_known else {}
+        scores = total | rewards | (metrics[0] if metrics else {})
+        return {name: value for name, value in scores.items() if name not in self._unscored}
+
+    def evaluate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> GeneratedImages:
+        """Images of all rows, and their scores."""
+        images = self.generate(batch, device)
+        return GeneratedImages(images, self.score(images, batch, epoch))
+
+    def validate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> dict[str, Any]:
+        """The rows that count.
+
+        Returns:
+            `images` [N, 3, H, W] on the CPU, `prompts`, and `scores`: name -> `Scores`, float32; see `score`.
+        """
+        images, scores = self.evaluate(batch, device, epoch)
+        prompts = [row.prompt.text for row in batch if row.counted]
+        count = len(prompts)  # the others come last
+        return {
+            "images": images[:count].cpu(),
+            "prompts": prompts,
+            "scores": {name: score.select(slice(count)).rounded() for name, score in scores.items()},
+        }
+
+    def check_repeats(self, images_per_prompt: int) -> None:
+        """Raises ConfigurationError if `test` generates too few images a prompt to tell how diverse they are."""
+        if self.embedder is not None and images_per_prompt < 2:
+            raise ConfigurationError(
+                f"evaluation.diversity: expected data.images_per_prompt of at least 2, got {images_per_prompt}"
+            )
+
+    def start_comparison(self, device: torch.device, base: BaseWeights | None) -> None:
+        """Begins to compare.
+
+        Args:
+            device: where the numbers wait: that of the strategy, which gathers them.
+            base: the base model, if `evaluation.base` asks for it.
+
+        Raises:
+            ConfigurationError: the base is asked for, and gone.
+        """
+        if self.evaluation.base and base is None:
+            raise ConfigurationError(
+                "evaluation.base: the whole transformer has been trained, and the base's weights are gone; "
+                "test a new module with ckpt_path, or set evaluation.base false"
+            )
+        self._base = base if self.evaluation.base else None
+        if self.embedder is not None:
+            self.embedder.setup(device)
+        better = {name: reward.higher_is_better for mix in self.mixtures for name, reward in mix.rewards.items()}
+        self._comparison = Comparison(self.evaluation, {"reward": True} | better, self.embedder, self.seed, device)
+
+    def compare(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> None:
+        """Adds a batch: images of the tuned model and, from the same latents, of the base."""
+        tuned, untuned = self.evaluate(batch, device, epoch), None
+        if self._base is not None:
+            with self._base.in_place():
+                untuned = self.evaluate(batch, device, epoch)
+        self._started().update([row.prompt_index for row in batch if row.counted], tuned, untuned)
+
+    def finish_comparison(self) -> list[MetricRow]:
+        """Computes `rows` over all devices; each device must call it."""
+        self.rows = self._started().compute()
+        return self.rows
+
+    def _started(self) -> Comparison:
+        if self._comparison is None:
+            raise RuntimeError("start_comparison has not been called")
+        return self._comparison

@@ -1,0 +1,48 @@
+"""What guards and checkpoints know of the module that trains: its settings, and nothing that makes it a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.settings import Batching, FailurePolicy, Objective, Sampling
+
+
+class TrainingModule(Protocol):
+    """`FDFOModule`, as the rooms below it see it; see there for what each of these is."""
+
+    flow: FlowModel
+    rewards: RewardMix
+    sampling: Sampling
+    batching: Batching
+    objective: Objective
+    lora: LoRA | None
+    lora_file: Path | None
+    optimizer: OptimizerCallable
+    lr_scheduler: LRSchedulerCallable | None
+    failures: FailurePolicy
+    resume_overrides: frozenset[str]
+    has_trained: bool
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that it is attached to."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All, with those that are frozen."""
+
+    def log_means(self, values: Mapping[str, Any], count: int) -> None:
+        """Logs means over an epoch and over devices, see `EpochLog.add`."""
