@@ -74,15 +74,15 @@ def out_of_reach(error: BaseException, source: str, revision: str | None, *, wha
 
     Example:
         >>> from huggingface_hub.errors import OfflineModeIsEnabled
-        >>> told = out_of_reach(OfflineModeIsEnabled("x"), "a/b", None, what="weights a/b", command="hf download a/b")
-        >>> told[:58]
+        >>> message = out_of_reach(OfflineModeIsEnabled("x"), "a/b", None, what="weights a/b", command="hf download a/b")
+        >>> message[:58]
         'weights a/b are not in the cache and cannot be fetched (of'
     """
     reason, cure = _why(error, source, revision)
     return f"{what} are not in the cache and cannot be fetched ({reason}); {cure}: {command}"
 
 
-def is_hubs(error: BaseException) -> bool:
+def is_hub_error(error: BaseException) -> bool:
     """Whether the hub, or the way to it, is behind an error."""
     from huggingface_hub import errors
 

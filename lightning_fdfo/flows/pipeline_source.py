@@ -31,7 +31,7 @@ from lightning_fdfo.flows.model_files import (
     text_encoders,
 )
 from lightning_fdfo.flows.quantization import Quantization, quantization_config
-from lightning_fdfo.hub import is_hub_name, is_hubs, out_of_reach
+from lightning_fdfo.hub import is_hub_error, is_hub_name, out_of_reach
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 """How names of components begin that texts are encoded by."""
@@ -200,7 +200,7 @@ class PipelineSource:
     def _unreadable(self, error: Exception) -> str:
         command = download_command(self.pretrained, self.revision)
         on_hub = not is_folder(self.pretrained)
-        if on_hub and is_hubs(error):
+        if on_hub and is_hub_error(error):
             what = f"flow.pretrained: {self.pretrained}: its files"
             return out_of_reach(error, self.pretrained, self.revision, what=what, command=command)
         cure = f"fetch it by: {command}" if on_hub else "download or save it again, all of it"

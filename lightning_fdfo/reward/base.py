@@ -49,7 +49,7 @@ class Reward(ABC):
     """Where it runs, if not beside the flow: "cpu" for a reward that has no use for a GPU."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
-        """Remembers what it is made with: a message names the command that makes it again."""
+        """Keeps the arguments: an error message names the command that makes and checks the same reward."""
         reward = super().__new__(cls)
         vars(reward)["_made_with"] = (arguments, options)
         return reward
@@ -61,8 +61,8 @@ class Reward(ABC):
 
     def fetch(self) -> None:
         """Fetches its weights into the cache; called on one process of each machine, before any model is loaded."""
-        for weights in self.hub_files:
-            weights.fetch()
+        for files in self.hub_files:
+            files.fetch()
 
     def setup(self, device: torch.device) -> None:  # noqa: B027 - a reward without weights has nothing to set up
         """Loads weights onto `device`, once; called before the first score, perhaps more than once."""
@@ -95,7 +95,7 @@ class Reward(ABC):
         """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy: nobody has said what it is made with, but its attributes."""
+        """Restores a copy: its public attributes only, without the arguments that the original was made with."""
         self.__dict__ = dict(state)
 
     def __getstate__(self) -> dict[str, Any]:

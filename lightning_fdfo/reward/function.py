@@ -51,7 +51,7 @@ def as_reward(scorer: Reward | Scorer) -> Reward:
 
 
 def read_signature(found: Callable[..., Any]) -> inspect.Signature | None:
-    """None for what is written in C and says nothing of its arguments, as torch.mean."""
+    """A callable's signature; None for one written in C that has none, as torch.mean."""
     try:
         return inspect.signature(found)
     except (ValueError, TypeError):

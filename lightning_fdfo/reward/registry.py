@@ -68,8 +68,8 @@ def load_reward(name: str, **init_args: Any) -> Reward:
     except (KeyboardInterrupt, StoppedError):
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
-        said = error if isinstance(error, TypeError | ValueError) else repr(error)
-        raise ConfigurationError(f"reward {name}{read_signature(found) or ''}: {said}") from error
+        reason = error if isinstance(error, TypeError | ValueError) else repr(error)
+        raise ConfigurationError(f"reward {name}{read_signature(found) or ''}: {reason}") from error
     vars(reward)["_entry"] = entry
     return reward
 

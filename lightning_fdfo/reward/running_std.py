@@ -47,9 +47,9 @@ class RunningStd:
         self.total = (self.before[0] + len(differences), self.before[1] + squares)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Counts and sums of squares, with and without the last epoch, for a checkpoint."""
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Continues from what `state_dict` gave."""
         self.epoch, self.before, self.total = state["epoch"], tuple(state["before"]), tuple(state["total"])

@@ -24,7 +24,7 @@ HEAD = HubFiles(
 )
 
 
-class Parts(NamedTuple):
+class AestheticModel(NamedTuple):
     """CLIP, and the head on its image embedding."""
 
     clip: CLIP
@@ -73,20 +73,20 @@ class Aesthetic(ModelReward):
             HubFiles(pretrained, revision=revision, licence=OPENAI_CLIP.licence),
         )
 
-    def load(self, device: torch.device) -> Parts:
+    def load(self, device: torch.device) -> AestheticModel:
         """Reads CLIP and the head."""
-        head, folder = (weights.fetch() for weights in self.hub_files)
-        parts = Parts(load_clip(folder, folder, self.dtype, device), _load_head(head, device))
-        takes, gives = parts.head[0].in_features, parts.clip.model.config.projection_dim
+        head, folder = (files.fetch() for files in self.hub_files)
+        model = AestheticModel(load_clip(folder, folder, self.dtype, device), _load_head(head, device))
+        takes, gives = model.head[0].in_features, model.clip.model.config.projection_dim
         if takes != gives:
             raise ConfigurationError(f"Aesthetic: {head} takes embeddings of {takes} numbers, CLIP gives {gives}")
-        return parts
+        return model
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
-        parts: Parts = self.model
-        pixels = normalize(crop_to_square(images, parts.clip.image_size))
-        return parts.head(parts.clip.embed_images(pixels))[:, 0]  # type: ignore[no-any-return]
+        model: AestheticModel = self.model
+        pixels = normalize(crop_to_square(images, model.clip.image_size))
+        return model.head(model.clip.embed_images(pixels))[:, 0]  # type: ignore[no-any-return]
 
 
 @cached_weak

@@ -91,7 +91,9 @@ def _load_model(folder: Path, dtype: str, device: torch.device) -> Any:
     except Exception as error:  # of another class's configuration, safetensors' own, a missing file
         raise ConfigurationError(f"{folder} holds no CLIP model that transformers can read: {error}") from error
     if info["missing_keys"]:
-        raise ConfigurationError(f"{folder} holds no whole CLIP model: {sorted(info['missing_keys'])[0]!r} is missing")
+        raise ConfigurationError(
+            f"{folder} holds no complete CLIP model: {sorted(info['missing_keys'])[0]!r} is missing"
+        )
     return frozen(model, device)
 
 

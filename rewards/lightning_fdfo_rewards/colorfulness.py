@@ -1,4 +1,4 @@
-"""Colourfulness: how vivid an image's colours are. It costs nothing, and is easy to judge by eye."""
+"""Colourfulness: how vivid an image's colours are. It needs no model, and is easy to check by eye."""
 
 from __future__ import annotations
 

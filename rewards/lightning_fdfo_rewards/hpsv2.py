@@ -36,7 +36,7 @@ class HPSv2(ModelReward):
         checkpoint: the hub repository, a folder with the official file, or such a file.
         tokenizer: CLIP's: a hub name or a folder.
         revision: of `checkpoint`: branch, tag or commit on the hub.
-        num_heads: attention heads of the image and of the text tower; the checkpoint tells all other sizes.
+        num_heads: attention heads of the image and of the text tower; the checkpoint gives all other sizes.
         dtype: of the weights, float32 or bfloat16.
         batch_size: images a forward.
         device: where it runs; None: beside the flow.
@@ -79,7 +79,7 @@ class HPSv2(ModelReward):
 
     def load(self, device: torch.device) -> CLIP:
         """Reads the checkpoint and the tokenizer."""
-        checkpoint, folder = (weights.fetch() for weights in self.hub_files)
+        checkpoint, folder = (files.fetch() for files in self.hub_files)
         tokenizer = load_tokenizer(folder)
         if tokenizer.eos_token_id != END_OF_TEXT:
             raise ConfigurationError(

@@ -37,7 +37,7 @@ class ImageReward(ModelReward):
         config: the hub repository, a folder with `med_config.json`, or such a file.
         tokenizer: BERT's, uncased: a hub name or a folder.
         revision: of `checkpoint` and `config`: branch, tag or commit on the hub.
-        num_heads: attention heads of the image encoder; the checkpoint tells its other sizes.
+        num_heads: attention heads of the image encoder; the checkpoint gives its other sizes.
         dtype: of the weights, float32 or bfloat16; the head is always float32.
         batch_size: images a forward.
         device: where it runs; None: beside the flow.
@@ -47,7 +47,7 @@ class ImageReward(ModelReward):
             is no such checkpoint.
 
     Example:
-        >>> [weights.files[0] for weights in ImageReward().hub_files]
+        >>> [files.files[0] for files in ImageReward().hub_files]
         ['ImageReward.pt', 'med_config.json', 'tokenizer*.json']
 
     Source: Xu et al. 2023, arXiv 2304.05977.
@@ -81,7 +81,7 @@ class ImageReward(ModelReward):
 
     def load(self, device: torch.device) -> BLIPWithHead:
         """Reads the checkpoint and the tokenizer."""
-        checkpoint, config, tokenizer = (weights.fetch() for weights in self.hub_files)
+        checkpoint, config, tokenizer = (files.fetch() for files in self.hub_files)
         self._tokenizer = load_tokenizer(tokenizer)
         return _load_model(checkpoint, config, self.num_heads, self.dtype, device)
 

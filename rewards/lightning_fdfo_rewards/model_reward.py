@@ -64,12 +64,12 @@ class ModelReward(Reward):
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Scores a batch in parts of `batch_size`; see `Reward.__call__`."""
-        parts = [
+        """Scores a batch in chunks of `batch_size`; see `Reward.__call__`."""
+        chunks = [
             self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
             for start in range(0, len(images), self.batch_size)
         ]
-        return torch.cat(parts).float() if parts else torch.zeros(0)
+        return torch.cat(chunks).float() if chunks else torch.zeros(0)
 
 
 def from_tensors(

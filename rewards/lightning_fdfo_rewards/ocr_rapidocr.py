@@ -165,7 +165,7 @@ def _load(model: Model) -> Recogniser:
             "Rec.lang_type": model.language,
         }
     )
-    try:  # parts are loaded with the first image
+    try:  # components are loaded with the first image
         engine(np.full((LINE_HEIGHT, 2 * LINE_HEIGHT, 3), 255, dtype=np.uint8), use_det=False)
     except (DownloadFileException, OSError) as error:
         folder = Path(rapidocr.__file__).parent / "models"
@@ -179,7 +179,7 @@ def _load(model: Model) -> Recogniser:
 
 
 def _engine(params: dict[str, Any]) -> Any:
-    """The whole of rapidocr; each part of it loads with the first image that needs it."""
+    """A rapidocr engine; each of its components loads with the first image that needs it."""
     from rapidocr import RapidOCR
 
     # Its default enlarges a small image to sides of 736 pixels: eight times the time, nothing better read.
@@ -206,7 +206,7 @@ def find_lines(image: Tensor) -> list[Tensor]:
         uint8 [3, h, w] each.
     """
     bgr: npt.NDArray[np.uint8] = at_most_so_narrow(image).flip(0).permute(1, 2, 0).contiguous().numpy()
-    with _DETECTING:  # it keeps parts of its work in attributes
+    with _DETECTING:  # it keeps intermediate results in attributes
         found = _detector()(bgr, use_det=True, use_rec=False).boxes
     boxes = np.zeros((0, 4, 2)) if found is None else found
     corners = np.concatenate([np.floor(boxes.min(axis=1)), np.ceil(boxes.max(axis=1))], axis=1).clip(0).astype(int)

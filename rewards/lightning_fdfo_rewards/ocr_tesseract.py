@@ -75,7 +75,7 @@ class Tesseract:
     def _read(self, picture: Image.Image, mode: Any) -> str:
         self._api.SetPageSegMode(mode)
         self._api.SetImage(picture)
-        self._api.SetSourceResolution(70)  # unknown; said, so that it is not guessed with a warning
+        self._api.SetSourceResolution(70)  # unknown; set, so that tesseract does not guess it with a warning
         return str(self._api.GetUTF8Text())
 
 
@@ -132,7 +132,7 @@ _LSTM_UNICHARSET, _UNICHARSET = 21, 1
 
 @cache
 def read_alphabet(folder: Path, languages: tuple[str, ...]) -> frozenset[str] | None:
-    """Letters and digits that the data of some languages can give, as they are compared; None: they do not tell."""
+    """Letters and digits that the data of some languages can give, as they are compared; None: the data do not say."""
     listed = [_listed(folder / f"{language}.traineddata") for language in languages]
     known = [characters for characters in listed if characters is not None]
     return normalised(chain.from_iterable(known)) if len(known) == len(listed) else None

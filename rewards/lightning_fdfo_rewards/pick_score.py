@@ -33,7 +33,7 @@ class PickScore(ModelReward):
         ConfigurationError: an option out of range; from `fetch`: weights that cannot be had.
 
     Example:
-        >>> [weights.source for weights in PickScore().hub_files]
+        >>> [files.source for files in PickScore().hub_files]
         ['yuvalkirstain/PickScore_v1', 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K']
 
     Source: Kirstain et al. 2023, arXiv 2305.01569.
@@ -60,7 +60,7 @@ class PickScore(ModelReward):
 
     def load(self, device: torch.device) -> CLIP:
         """Reads the model and the tokenizer."""
-        model, tokenizer = (weights.fetch() for weights in self.hub_files)
+        model, tokenizer = (files.fetch() for files in self.hub_files)
         return load_clip(model, tokenizer, self.dtype, device)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:

@@ -93,19 +93,19 @@ class VLMScore(ModelReward):
         """The question about a prompt."""
         return self.template.replace("{prompt}", prompt)
 
-    def load(self, device: torch.device) -> Judge:
+    def load(self, device: torch.device) -> VisionLanguageModel:
         """Reads the model and the tokenizer; what can be checked without the weights is checked first."""
         folder = self.hub_files[0].fetch()
         frame = _read_frame(folder, self.image_size)
         tokenizer = load_tokenizer(folder)
         answers = tuple(_single_token(tokenizer, answer) for answer in (self.yes, self.no))
-        return Judge(_load_model(folder, self.dtype, device, self.shard), tokenizer, frame, answers)
+        return VisionLanguageModel(_load_model(folder, self.dtype, device, self.shard), tokenizer, frame, answers)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
-        judge: Judge = self.model
+        model: VisionLanguageModel = self.model
         resized = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=self.antialias)
-        return 100 * torch.sigmoid(judge.preference(resized, [self.ask(prompt) for prompt in prompts]))
+        return 100 * torch.sigmoid(model.preference(resized, [self.ask(prompt) for prompt in prompts]))
 
 
 class Frame(NamedTuple):
@@ -131,7 +131,7 @@ class Frame(NamedTuple):
         return repeated.reshape(count * grid * grid, -1)
 
 
-class Judge(NamedTuple):
+class VisionLanguageModel(NamedTuple):
     """A loaded model, and what its questions need."""
 
     model: Any
