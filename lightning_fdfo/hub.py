@@ -74,8 +74,8 @@ def out_of_reach(error: BaseException, source: str, revision: str | None, *, wha
 
     Example:
         >>> from huggingface_hub.errors import OfflineModeIsEnabled
-        >>> message = out_of_reach(OfflineModeIsEnabled("x"), "a/b", None, what="weights a/b", command="hf download a/b")
-        >>> message[:58]
+        >>> error = OfflineModeIsEnabled("x")
+        >>> out_of_reach(error, "a/b", None, what="weights a/b", command="hf download a/b")[:58]
         'weights a/b are not in the cache and cannot be fetched (of'
     """
     reason, cure = _why(error, source, revision)
@@ -140,11 +140,9 @@ def _first_line(error: BaseException) -> str:
 
 
 MODEL_FILES = ("*.json", "model*.safetensors")
-"""What transformers needs of a model's repository; pickled duplicates of the weights stay where they are."""
-
-
+"""What transformers needs of a model's repository, without pickled duplicates of the weights."""
 OPTIONAL_FILES = ("*.txt", "*.jinja")
-"""What it reads beside them where a repository has them: vocabularies and templates."""
+"""Vocabularies and templates: fetched too, if the repository has them."""
 
 
 T = TypeVar("T")
@@ -163,8 +161,7 @@ class HubFiles:
         sha256: file name -> expected digest; checked on hub files and local ones alike.
 
     Example:
-        >>> weights = HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), "Apache-2.0")
-        >>> weights.command
+        >>> HubFiles("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), "Apache-2.0").command
         'hf download xswu/HPSv2 HPS_v2.1_compressed.pt'
     """
 

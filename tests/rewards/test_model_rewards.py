@@ -129,8 +129,8 @@ def test_an_empty_batch_has_no_scores(model_rewards):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda f: CLIPScore(str(f / "qwen2")), "no whole CLIP model|no CLIP model"),
-        (lambda f: CLIPScore(str(f / "partial")), "no whole CLIP model"),
+        (lambda f: CLIPScore(str(f / "qwen2")), "no complete CLIP model|no CLIP model"),
+        (lambda f: CLIPScore(str(f / "partial")), "no complete CLIP model"),
         (lambda f: Aesthetic(str(f / "clip" / "config.json"), str(f / "clip")), "no aesthetic head"),
         (lambda f: Aesthetic(str(f / "wide.pth"), str(f / "clip")), "takes embeddings of 24 numbers, CLIP gives 16"),
         (lambda f: HPSv2(checkpoint=str(f / "wide.pth"), tokenizer=str(f / "clip_tokenizer")), "no HPSv2 checkpoint"),
