@@ -1,20 +1,16 @@
 """FLUX.1: a tiny random dev and a tiny random schnell do in our family what they do in FluxPipeline."""
 
-from functools import partial
-
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.flows import DiffusersFlow, Flux
+from lightning_fdfo.flows import Flux
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_files import add_lora, save_lora
-from lightning_fdfo.testing import check_flow_model
 from lightning_fdfo.testing.flow_checks import randomise
-from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
+from tests.flows.tiny_models import random_weights
 from tests.flows.tiny_tokenizers import clip_tokenizer, t5_tokenizer
 
 NUM_TOKENS = 48
@@ -62,40 +58,17 @@ def variant(request):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, variant):
-    return flux_folder(tmp_path_factory.mktemp(variant), variant)
+def folder(folder_of, variant):
+    return folder_of(f"flux {variant}")
 
 
 @pytest.fixture(scope="module")
-def loaded(folder):
-    flow = Flux(str(folder), max_sequence_length=NUM_TOKENS)
-    flow.load()
-    return flow
-
-
-def test_it_does_what_the_pipeline_does(folder):
-    check_flow_model(Flux(str(folder), max_sequence_length=NUM_TOKENS))
-
-
-def test_the_tiny_model_sees_its_inputs(loaded, variant):
-    seen = effects(loaded, (32, 48))
-    guidance = seen.pop("guidance")
-    assert min(seen.values()) > 0.01, seen
-    assert (guidance > 0.01) == (variant == "dev")
-
-
-def test_guidance_is_an_input_or_there_is_none(loaded, variant):
-    assert loaded.guidance == {"dev": "embedded", "schnell": "none"}[variant]
+def loaded(loaded_flow, variant):
+    return loaded_flow(f"flux {variant}")
 
 
 def test_guidance_takes_no_negative_prompts(loaded):
     assert "negative_prompt" not in loaded.pipeline_call(3.5, ["blurry"])
-
-
-def test_sizes_that_do_not_fit_are_refused(loaded):
-    assert loaded.latent_shape(32, 48) == (4, 8, 12)
-    with pytest.raises(ConfigurationError, match="multiples of 8, got 32 x 44"):
-        loaded.latent_shape(32, 44)
 
 
 def test_the_grid_of_dev_shifts_with_the_size(loaded, variant):
@@ -109,15 +82,6 @@ def test_every_block_is_found(loaded):
         "FluxSingleTransformerBlock"
     ]
     assert loaded.num_tokens(32, 48, loaded.encode(["a cat"])) == 4 * 6 + NUM_TOKENS
-
-
-def test_pretrained_alone_finds_it(folder):
-    assert type(DiffusersFlow(str(folder))) is Flux
-
-
-def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
-    adapter = partial(Flux, max_sequence_length=NUM_TOKENS)
-    check_cached_texts(adapter, folder, (32, 48), tmp_path / "texts", monkeypatch)
 
 
 def test_a_lora_file_with_alphas_of_its_own_does_what_it_does_in_diffusers(folder, tmp_path):
@@ -147,8 +111,3 @@ def test_a_lora_file_with_alphas_of_its_own_does_what_it_does_in_diffusers(folde
         ours.disable_adapters()
         start.transformer = ours
         assert (start.velocity(latents, sigma, conditioning, 3.5) - expected).abs().max() > 1e-2
-
-
-def test_what_is_known_before_it_is_loaded(folder, tmp_path):
-    check_outline(Flux(str(folder)), (32, 48))
-    check_missing_tensor(Flux, folder, tmp_path / "copy")

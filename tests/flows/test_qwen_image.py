@@ -18,9 +18,8 @@ from lightning_fdfo.flows.latents import pack
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.qwen_image import QwenImage
-from lightning_fdfo.testing import check_flow_model
 from tests.flows.qwen_tokenizer import qwen_tokenizer
-from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
+from tests.flows.tiny_models import random_weights
 
 NUM_TOKENS = 48
 """Fewer than the longest prompt has, more than the others have."""
@@ -67,24 +66,13 @@ def qwen_image_folder(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return qwen_image_folder(tmp_path_factory.mktemp("qwen_image"))
+def folder(folder_of):
+    return folder_of("qwen image")
 
 
 @pytest.fixture(scope="module")
-def loaded(folder):
-    flow = QwenImage(str(folder), max_sequence_length=NUM_TOKENS)
-    flow.load()
-    return flow
-
-
-def test_it_does_what_the_pipeline_does(folder):
-    check_flow_model(QwenImage(str(folder), max_sequence_length=NUM_TOKENS))
-
-
-def test_the_tiny_model_sees_its_inputs(loaded):
-    seen = effects(loaded, SIZE)
-    assert min(seen.values()) > 0.01, seen
+def loaded(loaded_flow):
+    return loaded_flow("qwen image")
 
 
 def test_the_tiny_tokenizer_has_the_systems_message_in_34_tokens(loaded):
@@ -146,30 +134,9 @@ def test_every_weight_has_a_gradient_as_ddp_wants(folder, gradient_checkpointing
         assert [name for name, p in flow.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_in_bfloat16_the_velocity_is_float32(folder):
-    flow = QwenImage(str(folder), dtype="bfloat16")
-    flow.load()
-    with torch.no_grad():
-        texts = flow.encode(["a cat", "two dogs"], ["", "blurry, and far too dark"])
-        velocity = flow.velocity(torch.randn(2, *flow.latent_shape(*SIZE)), torch.tensor(0.5), texts, 4.0)
-    assert velocity.dtype == torch.float32
-    assert velocity.isfinite().all()
-    assert texts.tensors["prompt_embeds"].dtype == torch.bfloat16
-
-
 def test_sizes_that_do_not_fit_are_refused(loaded):
     assert loaded.latent_shape(*SIZE) == (4, 8, 12)
     assert loaded.num_tokens(*SIZE, loaded.encode(["a cat"])) > 4 * 6
     assert loaded.width == 32
     with pytest.raises(ConfigurationError, match="multiples of 4, got 16 x 22"):
         loaded.latent_shape(16, 22)
-
-
-def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
-    adapter = partial(QwenImage, max_sequence_length=NUM_TOKENS)
-    check_cached_texts(adapter, folder, SIZE, tmp_path / "texts", monkeypatch)
-
-
-def test_what_is_known_before_it_is_loaded(folder, tmp_path):
-    check_outline(QwenImage(str(folder)), SIZE)
-    check_missing_tensor(QwenImage, folder, tmp_path / "copy")

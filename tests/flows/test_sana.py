@@ -1,7 +1,6 @@
 """SANA: a tiny random model does in our family what it does in SanaPipeline, at Euler's steps."""
 
 import inspect
-from functools import partial
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from transformers import Gemma2Config, Gemma2Model
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.sana import Sana
-from lightning_fdfo.testing import check_flow_model
-from tests.flows.tiny_models import check_cached_texts, check_missing_tensor, check_outline, effects, random_weights
+from tests.flows.tiny_models import random_weights
 from tests.flows.tiny_tokenizers import WORDS, gemma_tokenizer
 
 NUM_TOKENS = 32
@@ -63,30 +61,8 @@ def sana_folder(folder, scheduler=DPM, **options):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return sana_folder(tmp_path_factory.mktemp("sana"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    flow = Sana(str(folder), max_sequence_length=NUM_TOKENS)
-    flow.load()
-    return flow
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"timestep_scale": 0.001, "qk_norm": "rms_norm_across_heads"}, {"out_channels": 8}],
-    ids=["1.0", "1.5", "with a variance"],
-)
-def test_it_does_what_the_pipeline_does(tmp_path, options):
-    folder = sana_folder(tmp_path, **options)
-    check_flow_model(Sana(str(folder), max_sequence_length=NUM_TOKENS), sizes=[(64, 64), SIZE])
-
-
-def test_the_tiny_model_sees_its_inputs(loaded):
-    seen = effects(loaded, SIZE)
-    assert min(seen.values()) > 0.01, seen
+def loaded(loaded_flow):
+    return loaded_flow("sana 1.0")
 
 
 def test_the_solver_gives_way_to_euler(loaded):
@@ -128,13 +104,3 @@ def test_a_latent_pixel_is_a_token(loaded):
     assert loaded.width == 16
     with pytest.raises(ConfigurationError, match="multiples of 32, got 64 x 80"):
         loaded.latent_shape(64, 80)
-
-
-def test_cached_texts_give_the_same_images(folder, tmp_path, monkeypatch):
-    adapter = partial(Sana, max_sequence_length=NUM_TOKENS)
-    check_cached_texts(adapter, folder, SIZE, tmp_path / "texts", monkeypatch)
-
-
-def test_what_is_known_before_it_is_loaded(folder, tmp_path):
-    check_outline(Sana(str(folder)), SIZE)
-    check_missing_tensor(Sana, folder, tmp_path / "copy")
