@@ -64,7 +64,7 @@ class EpochProgress(TQDMProgressBar):
     # Training
 
     def init_train_tqdm(self) -> Tqdm:
-        """The bar over epochs; a run that goes on begins where it stopped."""
+        """The bar over epochs; a resumed run begins where it stopped."""
         total = self.trainer.max_epochs
         return Tqdm(
             desc="Epochs", unit="epoch", total=total if total and total > 0 else None, initial=self._first_epoch,

@@ -169,7 +169,7 @@ class RewardHackingMonitor(Callback):
     def _cure(self, trainer: Trainer) -> str:
         epoch = self.good - 1
         if epoch < 0:
-            return "no checkpoint is from before: start anew with other rewards or weights"
+            return "no checkpoint is from before: start again with other rewards or weights"
         found = {}
         for callback in trainer.checkpoint_callbacks:
             for file in Path(getattr(callback, "dirpath", None) or ".").glob("*.ckpt"):

@@ -71,7 +71,7 @@ def test_it_warns_and_goes_on_also_after_a_resume(greedy, fit, numbers, tmp_path
     def monitor():
         return RewardHackingMonitor({"image/brightness": Band(times=(None, 0.9))})
 
-    with pytest.warns(UserWarning, match="epoch 0: .*no checkpoint is from before: start anew") as told:
+    with pytest.warns(UserWarning, match="epoch 0: .*no checkpoint is from before: start again") as told:
         train(fit, greedy(), monitor(), tmp_path, epochs=1)
     with pytest.warns(UserWarning, match="epoch [1-5]: "):
         trainer = train(fit, greedy(), monitor(), tmp_path, ckpt_path="last")
