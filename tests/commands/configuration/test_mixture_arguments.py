@@ -92,7 +92,7 @@ def test_metrics_are_changed_in_the_same_way(mixture, monkeypatch):
     monkeypatch.setattr(FDFOCLI, "_run_subcommand", lambda self, subcommand: seen.append(self.model))
     with pytest.raises(IndexError):  # nothing is built by the fixture
         mixture("--model.evaluation.metrics.exact_match.reward.init_args.score=edit_distance", long=False)
-    assert seen[0].metrics.terms["exact_match"].reward.score == "edit_distance"
+    assert seen[0].evaluator.metrics.terms["exact_match"].reward.score == "edit_distance"
 
 
 def test_what_is_printed_is_what_is_run(mixture, capsys):
