@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_fdfo.flows import DiffusersFlow
+from lightning_fdfo.flows.conditioning import Conditioning
 from tests.flows.all_flows import ALL_FLOWS, Case
 
 BY_NAME = {case.name: case for case in ALL_FLOWS}
@@ -50,3 +51,9 @@ def case(request) -> Case:
 def representative(request) -> Case:
     """Each model in turn, of variants that load and encode alike one."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def conditioning(loaded_flow) -> Conditioning:
+    """Of the LoRA tests' prompts, by the shipped model."""
+    return loaded_flow("sd3").encode(['"427" in red', '"1234" in blue'])

@@ -19,7 +19,7 @@ from lightning_fdfo.flows.lora_contents import describe_lora, lora_in_file
 from lightning_fdfo.flows.lora_files import LORA_FILE, add_lora, adopt_lora, check_lora, fold_file, save_lora
 from lightning_fdfo.sampling import sample
 from tests.conftest import ToyFlow
-from tests.flows.test_lora import LAYER, PROMPTS, bound, conditioning, latents, loaded, randomise, velocity  # noqa: F401
+from tests.flows.test_lora import LAYER, PROMPTS, bound, latents, loaded, randomise, velocity
 
 ROOT = Path(__file__).parents[2]
 KINDS = [LoRA(rank=4, alpha=12), LoRA(rank=4, alpha=12, rslora=True), LoRA(rank=4, alpha=12, dora=True)]
@@ -71,7 +71,7 @@ def test_the_bare_state_dict_paints_the_runs_picture(tmp_path, lora):
 
 
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
-def test_a_file_that_is_read_back_gives_the_runs_velocity(tmp_path, conditioning, lora):  # noqa: F811
+def test_a_file_that_is_read_back_gives_the_runs_velocity(tmp_path, conditioning, lora):
     trained = randomise(bound(lora))
     save_lora(trained, tmp_path)
     expected, judged = velocity(trained, conditioning), loaded()
@@ -82,7 +82,7 @@ def test_a_file_that_is_read_back_gives_the_runs_velocity(tmp_path, conditioning
 
 
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
-def test_a_file_of_the_other_kind_is_read_and_folded_on_export(tmp_path, conditioning, lora):  # noqa: F811
+def test_a_file_of_the_other_kind_is_read_and_folded_on_export(tmp_path, conditioning, lora):
     trained = randomise(bound(lora))
     other, folded = unfolded(trained, tmp_path), tmp_path / "folded.safetensors"
     fold_file(other, folded)
