@@ -9,9 +9,9 @@ resume; the record of a run is its config.yaml.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -23,25 +23,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from lightning_fdfo.checkpoints.resumed_settings import ResumedSettings
-from lightning_fdfo.checkpoints.run_owner import RunOwner
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.evaluation.comparison import MetricRow
 from lightning_fdfo.evaluation.evaluator import Evaluator
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
-from lightning_fdfo.guards.capacity import check_capacity
-from lightning_fdfo.guards.finite_weights import FiniteWeights
-from lightning_fdfo.guards.fit_callbacks import fit_callbacks, missing
-from lightning_fdfo.guards.learning_guard import LearningGuard
-from lightning_fdfo.guards.module_use import COMPILED, check_flow_is_new, check_use, report_start, use_safe_checkpoints
+from lightning_fdfo.guards.all_guards import all_guards
+from lightning_fdfo.guards.capacity import check_fits
+from lightning_fdfo.guards.module_use import COMPILED, check_flow_is_new, report_start
 from lightning_fdfo.guards.trainer_settings import (
     check_accumulation,
     check_precision,
-    check_trainer_settings,
     derive_accumulation,
 )
-from lightning_fdfo.objective import velocity_divergence, velocity_objective
 from lightning_fdfo.parallel import all_sum, check_strategy, parallelize
 from lightning_fdfo.prompts import IndexedPrompt, Prompt
 from lightning_fdfo.reward.mix import RewardMix
@@ -52,13 +46,13 @@ from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling, check_number
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
-from lightning_fdfo.training.bind import bind, check_binding, check_trainable
+from lightning_fdfo.training.bind import bind, cache_texts, check_binding, check_trainable, load
 from lightning_fdfo.training.epoch_log import EpochLog
-from lightning_fdfo.training.optimizers import build_optimizer, build_scheduler, try_optimizer
+from lightning_fdfo.training.optimizers import configured
 from lightning_fdfo.training.seeded_dropout import SeededDropout
-from lightning_fdfo.training.summary import describe_model, describe_rewards
+from lightning_fdfo.training.step import batch_loss, drift
+from lightning_fdfo.training.summary import describe_rewards
 from lightning_fdfo.training.trained_state import check_restored, dump, trainable
-from lightning_fdfo.training.update_guard import UpdateGuard
 
 
 def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
@@ -160,28 +154,8 @@ class FDFOModule(LightningModule):
     # Set-up: first all that needs no weights, then the model
 
     def configure_callbacks(self) -> list[Callback]:
-        """Guards that every trainer of this module has, whatever its configuration names; each once.
-
-        Refuses callbacks and settings that would change an update, before any hook of theirs.
-
-        Raises:
-            ConfigurationError: see `guards/`; or an optimiser or scheduler that cannot work.
-        """
-        check_use(self)
-        use_safe_checkpoints(self.trainer)
-        fitting = self._command == TrainerFn.FITTING
-        try:
-            plan = self.plan if fitting else None
-        except ConfigurationError:
-            self.check_fits("fit")  # that a number is far too large comes before what it would have to divide by
-            raise
-        check_trainer_settings(self.trainer, plan)
-        if plan is not None:
-            num_updates = max(self.trainer.max_epochs or 0, 0) * plan.updates_per_epoch
-            try_optimizer(self.optimizer, self.lr_scheduler, num_updates, self.trainer.strategy.root_device)
-        kinds = (RunOwner, FiniteWeights, UpdateGuard, ResumedSettings, LearningGuard)
-        guards = [kind() for kind in kinds]
-        return missing(self.trainer, [*guards, *fit_callbacks(self.trainer)])
+        """Guards that every trainer of this module has, whatever its configuration names: see `all_guards`."""
+        return all_guards(self, self)
 
     def prepare_data(self) -> None:
         """Fetches the rewards' weights, on one process of each machine; what fails is told in `setup`, by all alike."""
@@ -212,22 +186,13 @@ class FDFOModule(LightningModule):
                 "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
                 "a new module"
             )
-        self.check_fits(stage)
+        check_fits(self, stage)
         self.fetch_weights()
         if stage == "fit":
             derive_accumulation(self.trainer, self.plan)
             rank_zero_info(describe_rewards(*(mixture.terms for mixture in self.evaluator.mixtures)))
             rank_zero_info(f"Plan: {self.plan}")
             rank_zero_info(f"Folder: {self.trainer.default_root_dir}")
-
-    def check_fits(self, stage: str) -> None:
-        """Raises ConfigurationError for sizes, ranks and counts that the model or the memory here cannot take.
-
-        Before the model is loaded, if the flow has an outline of it; else once it is.
-        """
-        transformer = getattr(self.flow, "transformer", None) or self.flow.outline()
-        if transformer is not None and not has_lora(transformer):
-            check_capacity(self, transformer, fit=stage == "fit")
 
     @property
     def plan(self) -> BatchPlan:
@@ -257,7 +222,7 @@ class FDFOModule(LightningModule):
         check_flow_is_new(self.flow)
         # Lightning's default device here is the accelerator: what is drawn at random would not be the CPU's.
         with torch.device("cpu"):
-            self._cache_texts()
+            cache_texts(self.flow, self._prompts, self.sampling.guidance_scale, self.trainer)
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             parallelize(self.flow.transformer, self.flow.blocks, self.device_mesh)
@@ -267,53 +232,23 @@ class FDFOModule(LightningModule):
 
     def _load(self) -> None:
         known = self.flow.outline() is not None
-        rank_zero_info(describe_model(self.flow))
-        self.flow.load()
+        load(self.flow, self.sampling.guidance_scale)
         if not known:
-            self.check_fits("fit" if self._command == TrainerFn.FITTING else "")
-        if self.flow.guidance == "none" and self.sampling.guidance_scale != 1.0:
-            raise ConfigurationError(
-                f"sampling.guidance_scale: expected 1, got {self.sampling.guidance_scale}: this model has no guidance"
-            )
-        # Eval mode is meant: rollout and training must see the same velocities.
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+            check_fits(self, "fit" if self._command == TrainerFn.FITTING else "")
         self.dropout = SeededDropout(bind(self.flow, self.lora, self.lora_file, self.seed), self.seed)
         if self._command == TrainerFn.FITTING:
             check_trainable(self)
 
-    def _cache_texts(self) -> None:
-        """Lets the flow encode all texts now, if it caches them."""
-        if not self._prompts:
-            return
-        negatives = self.flow.uses_negatives(self.sampling.guidance_scale)
-        with self.trainer.precision_plugin.forward_context():
-            self.flow.prepare_texts(
-                [prompt.text for prompt in self._prompts],
-                [prompt.negative for prompt in self._prompts] if negatives else [],
-                self.trainer.strategy.root_device,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-                barrier=self.trainer.strategy.barrier,
-            )
-
     def configure_optimizers(self) -> Any:
-        """The optimiser of the trainable weights, and the scheduler, stepped after each update."""
-        optimizer = build_optimizer(self.optimizer, list(trainable(self).values()))
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = build_scheduler(self.lr_scheduler, optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return configured(self.optimizer, self.lr_scheduler, list(trainable(self).values()))
 
     def on_fit_start(self) -> None:
-        """Puts text encoders, VAE and rewards on the device."""
         self.to_device()
 
     def on_train_start(self) -> None:
-        """Says so if the run begins from trained weights."""
         report_start(self.has_trained, self.trainer.ckpt_path)
 
     def on_validation_start(self) -> None:
-        """The same, for `validate` alone."""
         self.to_device()
 
     def to_device(self) -> None:
@@ -355,34 +290,18 @@ class FDFOModule(LightningModule):
         self.dropout.switch(True)
 
     def _drift(self, batch: TrajectoryPoints) -> Tensor:
-        """How far the rollout's velocity has left the base model's, as a share of it: rms(v - v_base) / rms(v_base)."""
         with self.trainer.precision_plugin.forward_context():
             base = self._base_velocity(batch)
-        left, size = (
-            velocity_divergence(velocity, base).sum() for velocity in (batch.old_velocity, torch.zeros_like(base))
-        )
-        sums = all_sum(self.trainer, torch.stack([left, size])).double()  # on the CPU: not every device has float64
-        return (sums[0] / sums[1]).sqrt().float()
+        return drift(batch.old_velocity, base, partial(all_sum, self.trainer))
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
-        """The objective, averaged over the batch."""
+        """The objective, averaged over the batch: see `batch_loss`."""
         index = batch_idx * self.trainer.world_size + self.trainer.global_rank
         with self.dropout.seeded(self.current_epoch, index, self.device):
             velocity = self.velocity(batch)
-        loss, ratio = velocity_objective(
-            velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=self.objective.clip_range
-        )
-        mean_loss = loss.mean()
-        logged = {
-            "ratio": ratio.mean(),
-            "clip_fraction": ((ratio - 1).abs() > self.objective.clip_range).float().mean(),
-        }
-        if self.objective.kl_weight:
-            divergence = velocity_divergence(velocity, self._base_velocity(batch)).mean()
-            mean_loss = mean_loss + self.objective.kl_weight * divergence
-            logged["divergence"] = divergence
-        self.log_means({f"train/{name}": value for name, value in {"loss": mean_loss, **logged}.items()}, len(loss))
-        return mean_loss
+        loss, logged = batch_loss(velocity, batch, self.objective, partial(self._base_velocity, batch))
+        self.log_means(logged, len(batch.sigma))
+        return loss
 
     def velocity(self, batch: TrajectoryPoints) -> Tensor:
         """The flow's velocity at a batch's points, as the rollout takes it: [B, ...]."""
@@ -443,7 +362,6 @@ class FDFOModule(LightningModule):
         return self.evaluator.rows
 
     def on_predict_start(self) -> None:
-        """Puts text encoders and VAE on the device."""
         self.flow.to_device(self.device)
 
     def predict_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:

@@ -305,7 +305,7 @@ def ratio_error(fit, monkeypatch):
         batching=Batching(num_pairs=4, updates_per_epoch=1, batch_size=4),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-30),
     )
-    monkeypatch.setattr("lightning_fdfo.module.velocity_objective", watched)
+    monkeypatch.setattr("lightning_fdfo.training.step.velocity_objective", watched)
     fit(module, 1, precision="bf16-mixed")
     assert len(ratios) == 6
     return max(ratios)

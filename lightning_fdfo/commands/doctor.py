@@ -21,6 +21,7 @@ from lightning_fdfo.commands.cli import FDFOCLI, as_list
 from lightning_fdfo.commands.doctor_probes import Finding, examine
 from lightning_fdfo.data import PromptDataModule
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
+from lightning_fdfo.guards.capacity import check_fits
 from lightning_fdfo.guards.untrainable_settings import cannot_learn
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.prompts import Prompt, read_prompts
@@ -153,7 +154,7 @@ def _fits(module: FDFOModule) -> Iterator[Finding]:
     """What `fit` refuses, or warns of, for a model's positions, a LoRA's rank and the memory here."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield _tried(partial(module.check_fits, "fit"), "sizes and counts fit the model, and the memory here")
+        yield _tried(partial(check_fits, module, "fit"), "sizes and counts fit the model, and the memory here")
     yield from (Finding(False, str(warning.message)) for warning in caught if warning.category is UserWarning)
 
 

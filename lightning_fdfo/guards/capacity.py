@@ -24,6 +24,7 @@ from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows.lora import check_rank, lora_numel
 from lightning_fdfo.flows.quantization import BYTES
 from lightning_fdfo.guards import memory
+from lightning_fdfo.training.base_weights import has_lora
 from lightning_fdfo.training.protocol import TrainingModule
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -44,6 +45,21 @@ class Need(NamedTuple):
     """bytes"""
     settings: str
     """that it comes from"""
+
+
+def check_fits(module: TrainingModule, stage: str) -> None:
+    """`check_capacity` before the model is loaded, if its flow has an outline of it; else once it is.
+
+    Args:
+        module: attached to a trainer.
+        stage: `fit`, or another command, which trains nothing.
+
+    Raises:
+        ConfigurationError: sizes, ranks or counts that the model or the memory here cannot take.
+    """
+    transformer = getattr(module.flow, "transformer", None) or module.flow.outline()
+    if transformer is not None and not has_lora(transformer):
+        check_capacity(module, transformer, fit=stage == "fit")
 
 
 def check_capacity(module: TrainingModule, transformer: nn.Module, fit: bool = True) -> None:

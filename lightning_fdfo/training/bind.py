@@ -1,10 +1,12 @@
-"""What trains on a flow: the LoRA of the settings, the LoRA of a file, or the whole transformer."""
+"""A flow is loaded, and what trains is bound to it: a new LoRA, the LoRA of a file, or the whole transformer."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -13,6 +15,8 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA, dropout_layers
 from lightning_fdfo.flows.lora_contents import check_lora_file, describe_lora
 from lightning_fdfo.flows.lora_files import add_lora, adopt_lora, check_lora
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.training.summary import describe_model
 
 
 def check_binding(flow: FlowModel, lora: LoRA | None, lora_file: Path | None) -> None:
@@ -28,6 +32,38 @@ def check_binding(flow: FlowModel, lora: LoRA | None, lora_file: Path | None) ->
         check_lora(flow, Path(lora.init_lora))
     if lora_file is not None:
         check_lora(flow, lora_file)
+
+
+def cache_texts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, trainer: Trainer) -> None:
+    """Lets a flow encode a command's texts now, if it caches them; without prompts nothing happens."""
+    if not prompts:
+        return
+    negatives = flow.uses_negatives(guidance_scale)
+    with trainer.precision_plugin.forward_context():
+        flow.prepare_texts(
+            [prompt.text for prompt in prompts],
+            [prompt.negative for prompt in prompts] if negatives else [],
+            trainer.strategy.root_device,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            barrier=trainer.strategy.barrier,
+        )
+
+
+def load(flow: FlowModel, guidance_scale: float) -> None:
+    """Loads a flow, and says in a line which.
+
+    Raises:
+        ConfigurationError: the model has no guidance, and a scale other than 1 is asked for.
+    """
+    rank_zero_info(describe_model(flow))
+    flow.load()
+    if flow.guidance == "none" and guidance_scale != 1.0:
+        raise ConfigurationError(
+            f"sampling.guidance_scale: expected 1, got {guidance_scale}: this model has no guidance"
+        )
+    # Eval mode is meant: rollout and training must see the same velocities.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
 
 def bind(flow: FlowModel, lora: LoRA | None, lora_file: Path | None, seed: int) -> Sequence[nn.Module]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -128,3 +129,13 @@ def _class_name(make: Callable[..., Any]) -> str:
         named = [part for part in (make.func, *make.args) if inspect.isclass(part)]
         return named[0].__name__ if named else _class_name(make.func)
     return getattr(make, "__name__", type(make).__name__)
+
+
+def configured(
+    optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, parameters: list[Tensor]
+) -> Optimizer | dict[str, Any]:
+    """The optimiser of what trains, and the scheduler, stepped after each update: for `configure_optimizers`."""
+    built = build_optimizer(optimizer, parameters)
+    if lr_scheduler is None:
+        return built
+    return {"optimizer": built, "lr_scheduler": {"scheduler": build_scheduler(lr_scheduler, built), "interval": "step"}}

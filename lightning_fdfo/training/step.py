@@ -1,0 +1,58 @@
+"""A training step's loss, and the drift from the base model, from velocities at a batch's points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_fdfo.objective import velocity_divergence, velocity_objective
+from lightning_fdfo.rollout.points import TrajectoryPoints
+from lightning_fdfo.settings import Objective
+
+
+def batch_loss(
+    velocity: Tensor, batch: TrajectoryPoints, objective: Objective, base_velocity: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective, averaged over a batch.
+
+    Args:
+        velocity: [B, ...], of the model that trains, with its gradient.
+        batch: B points.
+        objective: its settings.
+        base_velocity: gives the base model's velocity, [B, ...]; called if `kl_weight` is not 0.
+
+    Returns:
+        The loss, and what is logged of it by name.
+    """
+    loss, ratio = velocity_objective(
+        velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=objective.clip_range
+    )
+    mean_loss = loss.mean()
+    logged = {
+        "train/ratio": ratio.mean(),
+        "train/clip_fraction": ((ratio - 1).abs() > objective.clip_range).float().mean(),
+    }
+    if objective.kl_weight:
+        divergence = velocity_divergence(velocity, base_velocity()).mean()
+        mean_loss = mean_loss + objective.kl_weight * divergence
+        logged["train/divergence"] = divergence
+    return mean_loss, {"train/loss": mean_loss, **logged}
+
+
+def drift(velocity: Tensor, base_velocity: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
+    """How far a velocity has left the base model's, as a share of it: rms(v - v_base) / rms(v_base).
+
+    Args:
+        velocity: [B, ...]
+        base_velocity: [B, ...]
+        all_sum: sums over devices; the identity on one.
+
+    Example:
+        >>> drift(torch.ones(1, 4), 2 * torch.ones(1, 4), lambda sums: sums)
+        tensor(0.5000)
+    """
+    left, size = (velocity_divergence(one, base_velocity).sum() for one in (velocity, torch.zeros_like(base_velocity)))
+    sums = all_sum(torch.stack([left, size])).double()  # on the CPU: not every device has float64
+    return (sums[0] / sums[1]).sqrt().float()
