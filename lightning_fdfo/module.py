@@ -1,43 +1,34 @@
 """FDFOModule: answers Lightning, and holds the collaborators that do the work.
 
-A rollout is `rollout/collector.py`, evaluation `evaluation/evaluator.py`, the mathematics `objective.py` and
-`sampling.py`; guards come from `configure_callbacks`. Accumulation, clipping, precision, strategies and loggers are
-Lightning's. Hyper-parameters are not kept in checkpoints, where they would silently override a configuration on a
-resume; the record of a run is its config.yaml.
+The rollout: `rollout/collector.py`; hooks of validation and test: `evaluation/steps.py`; guards: `guards/`. All else is
+Lightning's. A checkpoint holds no hyper-parameters, which would silently override a configuration: see config.yaml.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.evaluation.comparison import MetricRow
 from lightning_fdfo.evaluation.evaluator import Evaluator
+from lightning_fdfo.evaluation.steps import EvaluationSteps
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.guards.all_guards import all_guards
 from lightning_fdfo.guards.capacity import check_fits
-from lightning_fdfo.guards.module_use import COMPILED, check_flow_is_new, report_start
-from lightning_fdfo.guards.trainer_settings import (
-    check_accumulation,
-    check_precision,
-    derive_accumulation,
-)
-from lightning_fdfo.parallel import all_sum, check_strategy, parallelize
-from lightning_fdfo.prompts import IndexedPrompt, Prompt
+from lightning_fdfo.guards.module_use import COMPILED, NO_SETTINGS, check_flow_is_new, check_same_file, report_start
+from lightning_fdfo.guards.trainer_settings import check_accumulation, check_precision, derive_accumulation
+from lightning_fdfo.parallel import check_strategy, parallelize
+from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.prompt_check import check_prompts
 from lightning_fdfo.rollout.collector import RolloutCollector
@@ -48,19 +39,14 @@ from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objecti
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.bind import bind, cache_texts, check_binding, check_trainable, load
 from lightning_fdfo.training.epoch_log import EpochLog
-from lightning_fdfo.training.optimizers import configured
+from lightning_fdfo.training.optimizers import configured, paper_adamw
 from lightning_fdfo.training.seeded_dropout import SeededDropout
-from lightning_fdfo.training.step import batch_loss, drift
-from lightning_fdfo.training.summary import describe_rewards
-from lightning_fdfo.training.trained_state import check_restored, dump, trainable
+from lightning_fdfo.training.step import batch_loss
+from lightning_fdfo.training.summary import report_run
+from lightning_fdfo.training.trained_state import check_restored, dump, identity, trainable
 
 
-def _adamw(parameters: Iterable[Tensor]) -> Optimizer:
-    """The paper's optimiser."""
-    return AdamW(parameters, lr=3e-5, weight_decay=1e-4)
-
-
-class FDFOModule(LightningModule):
+class FDFOModule(EvaluationSteps):
     """Finite Difference Flow Optimization of a flow model.
 
     Args:
@@ -97,7 +83,7 @@ class FDFOModule(LightningModule):
         batching: Batching = Batching(),  # noqa: B008 - frozen
         objective: Objective = Objective(),  # noqa: B008 - frozen
         lora: LoRA | None = LoRA(),  # noqa: B008 - frozen
-        optimizer: OptimizerCallable = _adamw,
+        optimizer: OptimizerCallable = paper_adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
@@ -105,9 +91,7 @@ class FDFOModule(LightningModule):
     ) -> None:
         super().__init__()
         if objective.kl_weight and lora is None:
-            raise ConfigurationError(
-                "kl_weight needs the base model beside the trained one: use a LoRA, or kl_weight 0"
-            )
+            raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or 0")
         check_number("seed", seed, at_least=0)
         self.flow = flow
         self.rewards = RewardMix(rewards)
@@ -142,10 +126,7 @@ class FDFOModule(LightningModule):
     @classmethod
     def load_from_checkpoint(cls, *_: Any, **__: Any) -> NoReturn:
         """Raises ConfigurationError: a checkpoint holds what trains, and no settings to build a module of."""
-        raise ConfigurationError(
-            "FDFOModule.load_from_checkpoint: a checkpoint holds what trains and no settings: build the module, and "
-            "give the file to trainer.fit, validate, test or predict as ckpt_path"
-        )
+        raise ConfigurationError(NO_SETTINGS)
 
     def compile(self, *_: Any, **__: Any) -> NoReturn:
         """Raises ConfigurationError: it would have no effect, for the Trainer calls the steps and never the module."""
@@ -166,9 +147,8 @@ class FDFOModule(LightningModule):
 
     def fetch_weights(self) -> None:
         """Finds the weights of rewards, metrics and, for `test`, the embedder; fetches what is missing."""
-        if self._command == TrainerFn.PREDICTING:  # it needs no reward
-            return
-        self.evaluator.fetch(test=self._command == TrainerFn.TESTING)
+        if self._command != TrainerFn.PREDICTING:  # it needs no reward
+            self.evaluator.fetch(test=self._command == TrainerFn.TESTING)
 
     @property
     def _command(self) -> TrainerFn | None:
@@ -181,18 +161,13 @@ class FDFOModule(LightningModule):
         check_strategy(self.trainer.strategy)
         self.flow.validate()
         check_binding(self.flow, self.lora, self.lora_file)
-        if self._is_loaded and self.lora_file != self._loaded_file:
-            raise ConfigurationError(
-                "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
-                "a new module"
-            )
+        if self._is_loaded:
+            check_same_file(self.lora_file, self._loaded_file)
         check_fits(self, stage)
         self.fetch_weights()
         if stage == "fit":
             derive_accumulation(self.trainer, self.plan)
-            rank_zero_info(describe_rewards(*(mixture.terms for mixture in self.evaluator.mixtures)))
-            rank_zero_info(f"Plan: {self.plan}")
-            rank_zero_info(f"Folder: {self.trainer.default_root_dir}")
+            report_run(self.evaluator.mixtures, self.plan, self.trainer.default_root_dir)
 
     @property
     def plan(self) -> BatchPlan:
@@ -248,9 +223,6 @@ class FDFOModule(LightningModule):
     def on_train_start(self) -> None:
         report_start(self.has_trained, self.trainer.ckpt_path)
 
-    def on_validation_start(self) -> None:
-        self.to_device()
-
     def to_device(self) -> None:
         """Puts text encoders, VAE and rewards on the device; a second call does nothing."""
         if self._at != self.device:
@@ -258,7 +230,7 @@ class FDFOModule(LightningModule):
             self.evaluator.setup(self.device)
             self._at = self.device
 
-    # Rollouts
+    # Training
 
     def rollout_loader(self, prompts: Sequence[Prompt]) -> RolloutCollector:
         """The training loader: each epoch it rolls out pairs of `prompts` and yields their points."""
@@ -276,30 +248,17 @@ class FDFOModule(LightningModule):
         )
         return self.collector
 
-    # Training
-
     def on_train_batch_start(self, batch: TrajectoryPoints, batch_idx: int) -> None:
-        """Logs the numbers of the epoch's rollout, which lies behind its first batch; switches dropout on."""
         if batch_idx == 0:
-            drift = {"train/drift": self._drift(batch)} if self.lora is not None else {}
             check_accumulation(self.trainer, self.plan)
-            metrics = cast(RolloutCollector, self.collector).metrics
-            self.log_means(metrics | drift, 1)
-            if not self.trainer.barebones:
-                self.log("mean_reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self.dropout.switch(True)
-
-    def _drift(self, batch: TrajectoryPoints) -> Tensor:
-        with self.trainer.precision_plugin.forward_context():
-            base = self._base_velocity(batch)
-        return drift(batch.old_velocity, base, partial(all_sum, self.trainer))
 
     def training_step(self, batch: TrajectoryPoints, batch_idx: int) -> Tensor:
         """The objective, averaged over the batch: see `batch_loss`."""
         index = batch_idx * self.trainer.world_size + self.trainer.global_rank
         with self.dropout.seeded(self.current_epoch, index, self.device):
             velocity = self.velocity(batch)
-        loss, logged = batch_loss(velocity, batch, self.objective, partial(self._base_velocity, batch))
+        loss, logged = batch_loss(velocity, batch, self.objective, partial(self.base_velocity, batch))
         self.log_means(logged, len(batch.sigma))
         return loss
 
@@ -308,17 +267,13 @@ class FDFOModule(LightningModule):
         return self.flow.velocity(batch.latents, batch.sigma, batch.conditioning, self.sampling.guidance_scale)
 
     @torch.no_grad()
-    def _base_velocity(self, batch: TrajectoryPoints) -> Tensor:
+    def base_velocity(self, batch: TrajectoryPoints) -> Tensor:
+        """The base model's velocity there: [B, ...]."""
         with cast(BaseWeights, self.base).in_place():
             return self.velocity(batch)
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
-        """Logs the speed of training, after an epoch's last batch; switches dropout off."""
         self.dropout.switch(False)
-        if self.trainer.is_last_batch:
-            points = self.plan.num_pairs * self.plan.points_per_pair
-            seconds = time.perf_counter() - cast(RolloutCollector, self.collector).end
-            self.log_means({"train/points_per_second": points / seconds}, 1)
 
     def on_train_epoch_end(self) -> None:
         """Writes the epoch's numbers to the loggers: here, for the checkpoint callbacks' own hooks come next."""
@@ -328,64 +283,18 @@ class FDFOModule(LightningModule):
         """Logs means over an epoch and over devices, see `EpochLog.add`."""
         self.epoch_log.add(self, values, count)
 
-    # Validation, test and prediction
-
-    def validation_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:
-        """Generates images from fixed latents without churn and scores them: `Evaluator.validate`, for callbacks."""
-        outputs = self.evaluator.validate(batch, self.device, self.current_epoch)
-        for name, score in outputs["scores"].items():
-            scored = score.values[score.scored]
-            self.log_means({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
-        return outputs
-
-    def on_test_start(self) -> None:
-        """Puts all on the device, and begins to compare.
-
-        Raises:
-            ConfigurationError: the whole transformer has been trained already, and the base's weights are gone.
-        """
-        self.to_device()
-        self.evaluator.start_comparison(self.device, self.base)
-
-    def test_step(self, batch: list[IndexedPrompt], batch_idx: int) -> None:
-        """Generates images with the tuned model and with the base, from the same latents; compares their scores."""
-        self.evaluator.compare(batch, self.device, self.current_epoch)
-
-    def on_test_epoch_end(self) -> None:
-        """Computes all numbers over all devices, for `comparison`, and logs the means as `test/NAME`."""
-        means = {f"test/{row.name}": row.tuned.mean for row in self.evaluator.finish_comparison()}
-        self.log_dict(means, sync_dist=self.trainer.world_size > 1)
-
-    @property
-    def comparison(self) -> list[MetricRow]:
-        """What the last `test` has computed."""
-        return self.evaluator.rows
-
-    def on_predict_start(self) -> None:
-        self.flow.to_device(self.device)
-
-    def predict_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:
-        """Generates images: `images` [N, 3, H, W] on the CPU, and their `rows`, of those that count."""
-        rows = [row for row in batch if row.counted]
-        return {"images": self.evaluator.generate(batch, self.device)[: len(rows)].cpu(), "rows": rows}
-
     # Checkpoints: only what trains
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trainable weights only, see `dump`, and adds the rewards' scales."""
-        dump(checkpoint, self, self._identity())
+        dump(checkpoint, self, identity(self.seed, self.lora))
         checkpoint["reward_scales"] = self.rewards.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is this module's, see `check_restored`, and takes the rewards' scales."""
-        settings, goes_on = self._identity(), self.trainer.training
+        settings, goes_on = identity(self.seed, self.lora), self.trainer.training
         if not goes_on:
             settings.pop("seed")  # evaluating with other latents is fine, going on with others is not
         check_restored(checkpoint, self, settings, goes_on=goes_on, path=self.trainer.ckpt_path)
         self.has_trained = True
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
-
-    def _identity(self) -> dict[str, float | None]:
-        """Settings that a checkpoint's weights depend on, beside their names and shapes."""
-        names = ("rank", "alpha", "rslora", "dora")
-        return {"seed": self.seed, **{f"lora.{name}": getattr(self.lora, name, None) for name in names}}

@@ -20,9 +20,17 @@ from lightning_fdfo.guards.trainer_settings import check_trainer_settings
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.training.optimizers import try_optimizer
 from lightning_fdfo.training.protocol import TrainingModule
+from lightning_fdfo.training.rollout_log import RolloutLog
 from lightning_fdfo.training.update_guard import UpdateGuard
 
-KINDS: tuple[Callable[[], Callback], ...] = (RunOwner, FiniteWeights, UpdateGuard, ResumedSettings, LearningGuard)
+KINDS: tuple[Callable[[], Callback], ...] = (
+    RunOwner,
+    FiniteWeights,
+    UpdateGuard,
+    RolloutLog,
+    ResumedSettings,
+    LearningGuard,
+)
 """Of every command; `fit_callbacks` come after them."""
 
 

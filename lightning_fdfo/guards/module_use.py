@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,6 +13,10 @@ from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.base import FlowModel
 
+NO_SETTINGS = (
+    "FDFOModule.load_from_checkpoint: a checkpoint holds what trains and no settings: build the module, and give the "
+    "file to trainer.fit, validate, test or predict as ckpt_path"
+)
 COMPILED = (
     "torch.compile: FDFOModule cannot be compiled, for its steps sample, call rewards and log; give the Trainer the "
     "module itself"
@@ -47,6 +53,15 @@ def check_flow_is_new(flow: FlowModel) -> None:
         raise ConfigurationError(
             f"flow: this {name} is loaded already, by another module, an attempt that failed, or its load(); give each "
             f"FDFOModule a new {name}(...)"
+        )
+
+
+def check_same_file(lora_file: Path | None, loaded: Path | None) -> None:
+    """Raises ConfigurationError for a `lora_file` that is set once the model is loaded: it would have no effect."""
+    if lora_file != loaded:
+        raise ConfigurationError(
+            "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
+            "a new module"
         )
 
 

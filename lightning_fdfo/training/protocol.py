@@ -9,11 +9,13 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Batching, FailurePolicy, Objective, Sampling
 
 
@@ -32,6 +34,7 @@ class TrainingModule(Protocol):
     failures: FailurePolicy
     resume_overrides: frozenset[str]
     has_trained: bool
+    collector: RolloutCollector | None
 
     @property
     def trainer(self) -> Trainer:
@@ -46,3 +49,6 @@ class TrainingModule(Protocol):
 
     def log_means(self, values: Mapping[str, Any], count: int) -> None:
         """Logs means over an epoch and over devices, see `EpochLog.add`."""
+
+    def base_velocity(self, batch: TrajectoryPoints) -> Tensor:
+        """The base model's velocity at a batch's points: [B, ...]."""

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.plan import BatchPlan
+
+
+def report_run(mixtures: Sequence[RewardMix], plan: BatchPlan, folder: str) -> None:
+    """Three lines on a run that is about to begin: its rewards, the arithmetic of its epochs, and its folder."""
+    rank_zero_info(describe_rewards(*(mixture.terms for mixture in mixtures)))
+    rank_zero_info(f"Plan: {plan}")
+    rank_zero_info(f"Folder: {folder}")
 
 
 def describe_model(flow: object) -> str:

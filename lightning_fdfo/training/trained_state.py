@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_saved, check_trained
+from lightning_fdfo.flows.lora import LoRA
 
 ENTRY = "fdfo"
 """The key in a checkpoint for what this package adds."""
@@ -38,6 +39,16 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
         {'weight': [1, 2], 'bias': [1]}
     """
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def identity(seed: int, lora: LoRA | None) -> dict[str, float | None]:
+    """Settings that trained weights depend on, beside their names and shapes; None for those of a LoRA without one.
+
+    Example:
+        >>> identity(0, None)["lora.rank"]
+    """
+    names = ("rank", "alpha", "rslora", "dora")
+    return {"seed": seed, **{f"lora.{name}": getattr(lora, name, None) for name in names}}
 
 
 def dump(checkpoint: dict[str, Any], module: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,48 @@
+"""RolloutLog: logs what an epoch's rollout was like with its first batch, and the speed of training with its last."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_fdfo.parallel import all_sum
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.points import TrajectoryPoints
+from lightning_fdfo.training.protocol import TrainingModule
+from lightning_fdfo.training.step import drift
+
+
+class RolloutLog(Callback):
+    """Logs the collector's numbers, `train/drift` of a LoRA, and `train/points_per_second`.
+
+    An epoch's rollout lies behind its first batch. `FDFOModule.configure_callbacks` returns this callback.
+    """
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: TrajectoryPoints, batch_idx: int
+    ) -> None:
+        """Logs the rollout, at an epoch's first batch."""
+        if batch_idx:
+            return
+        module = cast(TrainingModule, pl_module)
+        metrics: dict[str, Any] = dict(cast(RolloutCollector, module.collector).metrics)
+        if module.lora is not None:
+            with trainer.precision_plugin.forward_context():
+                base_velocity = module.base_velocity(batch)
+            metrics["train/drift"] = drift(batch.old_velocity, base_velocity, partial(all_sum, trainer))
+        module.log_means(metrics, 1)
+        if not trainer.barebones:
+            pl_module.log("mean_reward", metrics["reward/mean"], prog_bar=True, logger=False)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrajectoryPoints, batch_idx: int
+    ) -> None:
+        """Logs the speed of training, after an epoch's last batch."""
+        if trainer.is_last_batch:
+            module = cast(TrainingModule, pl_module)
+            collector = cast(RolloutCollector, module.collector)
+            points = collector.plan.num_pairs * collector.plan.points_per_pair
+            module.log_means({"train/points_per_second": points / (time.perf_counter() - collector.end)}, 1)
