@@ -97,7 +97,7 @@ class PromptDataModule(LightningDataModule):
         self.images_per_prompt = images_per_prompt
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
-        self.judged_prompts: list[Prompt] = []
+        self.evaluation_prompts: list[Prompt] = []
         """Of `test` or `predict`."""
 
     def setup(self, stage: str) -> None:
@@ -109,10 +109,12 @@ class PromptDataModule(LightningDataModule):
             if path is None:
                 option = "data.test" if stage == "test" else "data.predict"
                 raise ConfigurationError(f"{option}: expected a prompt file, got none, nor data.val")
-            self.judged_prompts = read_prompts(path)
+            self.evaluation_prompts = read_prompts(path)
         module = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, PromptUser):
-            module.take_prompts(self.train_prompts, [*self.val_prompts, *self.judged_prompts], self.images_per_prompt)
+            module.take_prompts(
+                self.train_prompts, [*self.val_prompts, *self.evaluation_prompts], self.images_per_prompt
+            )
 
     def _read_for_fit(self, stage: str) -> None:
         if stage == "fit":
@@ -137,11 +139,11 @@ class PromptDataModule(LightningDataModule):
 
     def test_dataloader(self) -> Iterable[Any]:
         """The same of the test's prompts, each `images_per_prompt` times."""
-        return self._batches(self.judged_prompts, self.images_per_prompt)
+        return self._batches(self.evaluation_prompts, self.images_per_prompt)
 
     def predict_dataloader(self) -> Iterable[Any]:
         """The same of the prompts to generate images for."""
-        return self._batches(self.judged_prompts, self.images_per_prompt)
+        return self._batches(self.evaluation_prompts, self.images_per_prompt)
 
     def _batches(self, prompts: Sequence[Prompt], repeats: int) -> PromptBatches:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -87,12 +87,12 @@ def reshard(transformer: Module) -> None:
             module.reshard()
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without their shards, on the CPU; each process must call it with the same names.
 
     Example:
         >>> import torch
-        >>> whole({"A": torch.ones(2)})
+        >>> full_tensors({"A": torch.ones(2)})
         {'A': tensor([1., 1.])}
     """
     return {

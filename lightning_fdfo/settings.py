@@ -105,7 +105,7 @@ class Evaluation:
     Args:
         metrics: rewards that are scored in validation and `test` only, in the form of `rewards`; their weights mean
             nothing.
-        base: `test` also paints with the base model, from the same latents: its numbers, the differences, and win
+        base: `test` also generates with the base model, from the same latents: its numbers, the differences, and win
             rates. Where the whole transformer was trained, the base's weights wait on the CPU.
         diversity: what embeds images, to tell how far those of a prompt are from each other: any CLIP of transformers,
             a hub name or a folder, such as `openai/clip-vit-large-patch14`; or `dreamsim`, if that package is
@@ -153,7 +153,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are painted, in rollouts and in validation.
+    """How images are sampled, in rollouts and in validation.
 
     Args:
         num_steps: T, steps of the sampler.

@@ -1,10 +1,10 @@
-"""Pictures of numbers, drawn with a font: what the small model learns to paint.
+"""Pictures of numbers, drawn with a font: what the small model learns to generate.
 
 The pictures are 32 x 64 pixels, a number of two to four digits in one of four colours on white. Size and
 place vary a little, so that one prompt has many right pictures. The font is DejaVu Sans Bold as matplotlib
 ships it (a free licence of the Bitstream Vera kind, https://dejavu-fonts.github.io/License.html).
 
-Numbers that 7 divides are never drawn for training: they are held out, and the quick start is judged on them.
+Numbers that 7 divides are never drawn for training: they are held out, and the quick start is evaluated on them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def prompt_of(number: str, color: str) -> str:
     return f'"{number}" in {color}'
 
 
-def paint(number: str, color: str, rng: np.random.Generator) -> np.ndarray:
+def draw(number: str, color: str, rng: np.random.Generator) -> np.ndarray:
     """Draws a number; returns uint8 [32, 64, 3]."""
     size = int(rng.integers(18, 22))
     font = ImageFont.truetype(str(FONT), size)
@@ -58,12 +58,12 @@ def paint(number: str, color: str, rng: np.random.Generator) -> np.ndarray:
     return np.asarray(image)
 
 
-def paint_many(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def draw_many(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     """Draws training pictures; returns uint8 [count, 32, 64, 3] and their prompts."""
     rng = np.random.default_rng(seed)
     images, prompts = np.empty((count, HEIGHT, WIDTH, 3), dtype=np.uint8), []
     for index in range(count):
         number, color = draw_number(rng), str(rng.choice(list(COLORS)))
-        images[index] = paint(number, color, rng)
+        images[index] = draw(number, color, rng)
         prompts.append(prompt_of(number, color))
     return images, prompts

@@ -1,4 +1,4 @@
-"""Makes the small model `tiny-digits` from nothing: a StableDiffusion3Pipeline that paints the number in its prompt.
+"""Makes the small model `tiny-digits` from nothing: a StableDiffusion3Pipeline that generates the number in its prompt.
 
     python examples/pretrain_tiny/pretrain.py --output tiny-digits
 
@@ -23,7 +23,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from digits import WIDTH, paint_many
+from digits import WIDTH, draw_many
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -208,7 +208,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True)
     torch.manual_seed(arguments.seed)
-    array, prompts = paint_many(arguments.num_images, arguments.seed)
+    array, prompts = draw_many(arguments.num_images, arguments.seed)
     images = torch.from_numpy(array)
     pipeline = make_pipeline()
     train_autoencoder(pipeline.vae, images, arguments.autoencoder_steps)

@@ -38,7 +38,7 @@ class MetricsWriter(Callback):
         settings = {
             **describe_weights(trainer, module),
             "seed": module.seed,
-            "num_prompts": len(data.judged_prompts),
+            "num_prompts": len(data.evaluation_prompts),
             "images_per_prompt": data.images_per_prompt,
             "confidence": module.evaluation.confidence,
         }

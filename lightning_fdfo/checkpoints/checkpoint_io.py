@@ -1,4 +1,4 @@
-"""Checkpoints: only what trains, strict on load; on disk whole or not there, and read without running pickled code."""
+"""Checkpoints on disk: complete or not there, checked when they are read, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_NAMED = 3
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's own format, on a local disk; a file is whole or not there, and is read without running code.
+    """Lightning's own format, on a local disk; a file is complete or not there, and is read without running code.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -59,7 +59,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise ConfigurationError(
                 f"checkpoint {target} cannot be written: {reason}; it needs about "
                 f"{format_bytes(num_bytes(checkpoint))}, and {_free(target.parent)} are free there. "
-                f"Earlier checkpoints are whole: make room, then go on by "
+                f"Earlier checkpoints are complete: make room, then go on by "
                 "--ckpt_path last"
             ) from error
 

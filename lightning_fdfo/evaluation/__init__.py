@@ -1,1 +1,1 @@
-"""Numbers about images that no reward asks for: what they look like, how they differ, which of two models wins."""
+"""Images without churn, their scores, and the numbers by which two models are compared."""

@@ -66,7 +66,7 @@ class CLIPEmbedder(Embedder):
             ) from error
         if info["missing_keys"]:
             raise ConfigurationError(
-                f"evaluation.diversity: {folder} holds no whole CLIP: {sorted(info['missing_keys'])[0]!r} is missing"
+                f"evaluation.diversity: {folder} holds no complete CLIP: {sorted(info['missing_keys'])[0]!r} is missing"
             )
         model.text_model = None
         self._model = model.eval().requires_grad_(False).to(device)

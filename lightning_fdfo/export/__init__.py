@@ -1,1 +1,1 @@
-"""Export: what a run has trained, as something to give away: a LoRA or a whole pipeline, with a model card."""
+"""Export: what a run has trained: a LoRA or a complete pipeline, with a model card."""

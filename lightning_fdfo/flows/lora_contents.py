@@ -131,8 +131,8 @@ def describe_lora(transformer: nn.Module, defaults: Sequence[str]) -> str:
     expected = {name for name in bound | linear if any(ends_in(name, target) for target in defaults)}
     lacking = sorted(expected - bound)
     others = f" and {len(bound - expected)} others" if bound - expected else ""
-    told = f"{len(expected & bound)} of {len(expected)} layers{others}"
-    return f"{told}, none on {_named(lacking)}" if lacking else told
+    counted = f"{len(expected & bound)} of {len(expected)} layers{others}"
+    return f"{counted}, none on {_named(lacking)}" if lacking else counted
 
 
 def _found_instead(state: Mapping[str, Tensor]) -> str:

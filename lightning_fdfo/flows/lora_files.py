@@ -27,7 +27,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA, bind_lora
 from lightning_fdfo.flows.lora_contents import PREFIX, check_layers, copy_into_lora, lora_in_file, settings_in
 from lightning_fdfo.flows.lora_folding import folded
-from lightning_fdfo.parallel import whole
+from lightning_fdfo.parallel import full_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """As diffusers names it."""
@@ -97,7 +97,7 @@ def save_lora(flow: FlowModel, folder: Path) -> None:
         DivergenceError: a weight is not finite; nothing is written.
     """
     transformer: Any = flow.transformer
-    weights, settings = folded(whole(get_peft_model_state_dict(transformer)), peft_settings(transformer))
+    weights, settings = folded(full_tensors(get_peft_model_state_dict(transformer)), peft_settings(transformer))
     check_trained(weights)
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     FOLDER/FINGERPRINT/*.safetensors: shards of some texts each; their keys stand in the shard's header
 
-A shard is written under another name and renamed: it is whole or not there. Several processes may write at once; a
+A shard is written under another name and renamed: it is complete or not there. Several processes may write at once; a
 text that two have encoded lies there twice, and either is read. Reading maps the files into memory.
 """
 

@@ -28,7 +28,7 @@ from lightning_fdfo.training.base_weights import has_lora
 from lightning_fdfo.training.protocol import TrainingModule
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container is told how much memory it may take."""
+"""Where a container finds how much memory it may take."""
 WEIGHT_AND_GRADIENT = 2
 """Numbers a weight that trains, whatever the optimiser."""
 BRANCHES, CHANNELS, KEPT = 2, 3, 3

@@ -85,8 +85,8 @@ def given_on_command_line(words: Sequence[str]) -> frozenset[str]:
     for word in words:
         found = re.match(r"--model\.(optimizer|lr_scheduler)(?:\.(?:init_args\.|dict_kwargs\.)?(\w+))?\+?(?:=|$)", word)
         if found:
-            whole = found[2] in (None, "class_path", "init_args")
-            given.add("lr_scheduler" if found[1] == "lr_scheduler" else "*" if whole else found[2])
+            all_settings = found[2] in (None, "class_path", "init_args")
+            given.add("lr_scheduler" if found[1] == "lr_scheduler" else "*" if all_settings else found[2])
     return frozenset(given)
 
 

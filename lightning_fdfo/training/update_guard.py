@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fdfo.errors import DivergenceError
-from lightning_fdfo.parallel import whole
+from lightning_fdfo.parallel import full_tensors
 from lightning_fdfo.training.protocol import TrainingModule
 
 
@@ -40,7 +40,7 @@ class UpdateGuard(Callback):
         """Logs, and skips the update if its gradient is not finite."""
         module = cast(TrainingModule, pl_module)
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        norm = whole({"norm": torch.nn.utils.get_total_norm(gradients)})["norm"]
+        norm = full_tensors({"norm": torch.nn.utils.get_total_norm(gradients)})["norm"]
         finite = bool(norm.isfinite())
         self.num_updates += 1
         self.num_skipped += not finite

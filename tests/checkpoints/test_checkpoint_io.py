@@ -68,7 +68,7 @@ def test_a_write_that_fails_tells_what_it_needs_and_leaves_the_old_file(
     monkeypatch.undo()
     assert f"checkpoint {path} cannot be written: " in str(error.value)
     assert "it needs about 390.6 KiB, and " in str(error.value)
-    assert " are free there. Earlier checkpoints are whole" in str(error.value)
+    assert " are free there. Earlier checkpoints are complete" in str(error.value)
     assert os.listdir(path.parent) == ["last.ckpt"]
     assert IO.load_checkpoint(path)["epoch"] == 1
 

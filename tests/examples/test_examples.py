@@ -75,7 +75,7 @@ def test_the_prompt_files_are_what_the_script_writes(pretrain, monkeypatch, tmp_
 def test_training_pictures_leave_out_what_seven_divides(pretrain):
     import digits
 
-    images, prompts = digits.paint_many(300, seed=1)
+    images, prompts = digits.draw_many(300, seed=1)
     assert images.shape == (300, 32, 64, 3)
     assert not any(int(prompt.split('"')[1]) % 7 == 0 for prompt in prompts)
     assert np.ptp(images.reshape(300, -1), axis=1).min() > 100
