@@ -139,7 +139,7 @@ class FDFOModule(EvaluationSteps):
         return all_guards(self, self)
 
     def prepare_data(self) -> None:
-        """Fetches the rewards' weights, on one process of each machine; a failure is reported in `setup`, by all alike."""
+        """Fetches the rewards' weights, on one process of each machine; a failure is reported in `setup`, by all."""
         with suppress(ConfigurationError):
             self.flow.validate()
             self.flow.outline()  # a model that cannot be had: no need to fetch gigabytes for its rewards
