@@ -17,7 +17,7 @@ class SLURMRequeue(Callback):
 
     It takes the place of Lightning's own handler, which also writes a checkpoint, wherever the run is. From the middle
     of an epoch no run goes on exactly: its rollout was made with weights that are gone. The last complete epoch is on
-    disk already. The job started anew runs the same command, and `lightning-fdfo fit` goes on from there (`is_requeued`).
+    disk already. The requeued job runs the same command, and `lightning-fdfo fit` resumes there (`is_requeued`).
 
     SLURM ends the requeued job by SIGTERM, on which `StopOnSignal` stops after the current batch or update. Outside of
     SLURM, or with `SLURMEnvironment(auto_requeue=False)`, the callback does nothing. The command line adds it
