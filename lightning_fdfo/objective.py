@@ -1,11 +1,13 @@
-"""Finite differences of a pair, and the velocity objective: the whole of the method's mathematics.
+"""Finite differences of a pair, and the velocity objective: the method's mathematics, together with sampling.py.
 
 Two branches of one prompt end in two images. Their rewards differ by a little, and so do the images; one over the
 other is the slope of the reward between them. The objective moves the velocity against the direction in image space
 along which the reward rises: a velocity points from image to noise, so the image moves toward the better one.
 
-Every function is pure, works on rows 2i and 2i+1 as pair i, and returns one value a sample; the module takes the mean.
-Means over "all but the batch" are written mean(). Left out: any gradient of the reward. None is needed.
+Every function is pure. Only `half_differences` and `score_differences` look at pairs: rows 2i and 2i+1 are pair i.
+They and `normalize_difference` return a row for each row that they get; `velocity_objective` and `velocity_divergence`
+return one number per sample, of which `training/step.py` takes the mean. mean() in a formula is over all axes but the
+batch. No gradient of the reward is needed.
 """
 
 from __future__ import annotations
@@ -173,11 +175,19 @@ def _check_shapes(velocity: Tensor, old_velocity: Tensor, direction: Tensor, rew
 def velocity_divergence(velocity: Tensor, base_velocity: Tensor) -> Tensor:
     """How far the velocity has left the base model's: mean((v - v_base)^2), [B], float32, >= 0.
 
+    Raises:
+        ValueError: the two have different shapes, which broadcasting would hide.
+
     Example:
         >>> import torch
         >>> velocity_divergence(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """
+    if velocity.shape != base_velocity.shape:
+        raise ValueError(
+            f"expected velocity and base_velocity of one shape [B, ...], got velocity {list(velocity.shape)} and "
+            f"base_velocity {list(base_velocity.shape)}"
+        )
     return _mean((velocity.float() - base_velocity.float()) ** 2)
 
 

@@ -113,6 +113,11 @@ def test_divergence_is_the_mean_square():
     torch.testing.assert_close(velocity_divergence(torch.ones(2, 3, 4), torch.zeros(2, 3, 4)), torch.ones(2))
 
 
+def test_divergence_refuses_shapes_that_broadcasting_would_hide():
+    with pytest.raises(ValueError, match=r"got velocity \[3, 2\] and base_velocity \[3, 1\]"):
+        velocity_divergence(torch.zeros(3, 2), torch.zeros(3, 1))
+
+
 @pytest.mark.parametrize("name", ["old_velocity", "direction", "reward_difference"])
 def test_shapes_that_broadcasting_would_hide_are_refused(name):
     """[B, 1] differences against [B] ratios would give a loss of [B, B]."""

@@ -1,7 +1,10 @@
 """FlowModel: what a base model must offer to be post-trained.
 
-A subclass writes nine members: `validate`, `load`, `to_device`, `encode`, `latent_shape`, `sigmas`, `velocity`,
-`decode` and `blocks`. The rest has defaults. LoRA, its files, sampling and the objective need nothing more.
+A subclass writes eight members, which are abstract: `validate`, `load`, `to_device`, `encode`, `latent_shape`,
+`sigmas`, `velocity` and `decode`. The rest has defaults. `blocks` is an empty list by default: override it to shard.
+LoRA, its files, sampling and the objective need nothing more.
+
+The order of calls: `prepare_texts` before `load`; after it, `with encoding(): encode(...)`.
 
 A model that diffusers has a pipeline for takes most of it from `lightning_fdfo/flows/diffusers_flow.py`.
 """
@@ -116,7 +119,7 @@ class FlowModel(nn.Module, ABC):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The loaded transformer's repeated blocks, in order: sharding wraps each. None by default."""
+        """The loaded transformer's repeated blocks, in order: sharding wraps each. Empty by default."""
         return []
 
     # What has a default

@@ -36,10 +36,11 @@ class RewardMix:
 
         sign_t = 1 if higher is better, else -1;  route_t: of the prompt;  gate_t: 1 if both branches pass, else 0
 
-    `difference` is what trains. A loss is linear in it, so without `clip` one pair with a freak score can outweigh all
-    others of an epoch. The bound c_t lies after the scale, so that it is in the scale's unit (with `std`, deviations),
-    and before the weight, so that the weight still says how much a term can do. Clip is odd, and weight, route and gate
-    belong to the pair: the two branches' differences stay opposite.
+    `difference` is what trains. A pair's loss grows in proportion to its size (loss(c * r) = c * loss(r) for c >= 0),
+    so without `clip` one pair with a freak score can outweigh all others of an epoch. The bound c_t is applied after
+    the scale, so that it is in the scale's unit (with `std`, deviations), and before the weight, so that the weight
+    still says how much a term can do. Clip is odd, and weight, route and gate belong to the pair: the two branches'
+    differences stay opposite.
 
     Args:
         terms: name -> weight, or name -> `{reward: NAME or {class_path, init_args}, weight, scale, clip, gate,

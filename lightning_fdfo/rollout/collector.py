@@ -145,8 +145,9 @@ class RolloutCollector:
     def score(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
         """Gathers the scores of all devices, weights them, and announces them to callbacks.
 
-        Dropped pairs have a difference of 0, which makes their loss 0; those that are left are scaled up by
-        num_pairs / kept, and so the gradient by as much, for loss is linear in the difference.
+        Dropped pairs have a difference of 0, which makes their loss 0. The differences of the others are multiplied by
+        num_pairs / kept. This multiplies their loss and gradient by the same factor: the loss contains r and |r|, so it
+        is not linear in the difference r, but loss(c * r) = c * loss(r) for every c >= 0.
 
         Returns:
             [2P], half differences of the mixture's total of this device's pairs, as they train.

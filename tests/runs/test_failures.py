@@ -103,7 +103,7 @@ class Watch(Callback):
 
 @pytest.mark.filterwarnings("ignore:dropped, with its pair")
 def test_a_dropped_pair_does_not_train_and_the_gradient_keeps_its_scale(toy_module, fit, prompts_file):
-    """Loss is linear in the difference: kept pairs count num_pairs / kept, and the rest nothing."""
+    """A pair's loss is proportional to the size of its difference: kept ones count num_pairs / kept."""
     prompts_file.write_text("a cat\nthe dog\nsome bird\none fish\n", encoding="utf-8")
     dropping, watch, reference = Failing(), Watch(), Watch()
     module = toy_module(rewards={"judge": RewardTerm(dropping)}, on_reward_error="drop_pair", max_dropped=0.5)
