@@ -197,7 +197,8 @@ class FDFOModule(EvaluationSteps):
         check_flow_is_new(self.flow)
         # Lightning's default device here is the accelerator: what is drawn at random would not be the CPU's.
         with torch.device("cpu"):
-            cache_texts(self.flow, self._prompts, self.sampling.guidance_scale, self.trainer)
+            if self._prompts:
+                cache_texts(self.flow, self._prompts, self.sampling.guidance_scale, self.trainer)
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             parallelize(self.flow.transformer, self.flow.blocks, self.device_mesh)
@@ -275,8 +276,7 @@ class FDFOModule(EvaluationSteps):
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
         self.dropout.switch(False)
 
-    def on_train_epoch_end(self) -> None:
-        """Writes the epoch's numbers to the loggers: here, for the checkpoint callbacks' own hooks come next."""
+    def on_train_epoch_end(self) -> None:  # here, for the hooks of checkpoint callbacks come next
         self.epoch_log.write(self.trainer)
 
     def log_means(self, values: Mapping[str, Any], count: int) -> None:

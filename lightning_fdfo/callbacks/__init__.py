@@ -2,6 +2,7 @@
 
 from lightning_fdfo.callbacks.before_after import BeforeAfter
 from lightning_fdfo.callbacks.curves import Curves
+from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.lora_export import LoRAExport
@@ -11,7 +12,6 @@ from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
 from lightning_fdfo.callbacks.sample_strip import SampleStrip
 from lightning_fdfo.guards.slurm_requeue import SLURMRequeue
-from lightning_fdfo.training.ema import EMA
 
 __all__ = [
     "EMA",

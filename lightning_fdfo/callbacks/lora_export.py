@@ -7,6 +7,7 @@ from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path, is_first_process
@@ -14,7 +15,6 @@ from lightning_fdfo.finite import check_trained
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora_files import save_lora
 from lightning_fdfo.module import FDFOModule
-from lightning_fdfo.training.ema import EMA
 
 
 class LoRAExport(Callback):

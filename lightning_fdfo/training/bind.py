@@ -35,9 +35,7 @@ def check_binding(flow: FlowModel, lora: LoRA | None, lora_file: Path | None) ->
 
 
 def cache_texts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, trainer: Trainer) -> None:
-    """Lets a flow encode a command's texts now, if it caches them; without prompts nothing happens."""
-    if not prompts:
-        return
+    """Lets a flow encode a command's texts now, if it caches them."""
     negatives = flow.uses_negatives(guidance_scale)
     with trainer.precision_plugin.forward_context():
         flow.prepare_texts(
