@@ -64,7 +64,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return f"{name} ({count} of its {values.numel()} numbers {'are' if count > 1 else 'is'} not finite)"
 
 
-def check_trained(weights: Mapping[str, Tensor]) -> None:
+def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     """Raises DivergenceError, with a tensor's name, if weights that train are not finite."""
     wrong = first_not_finite(weights)
     if wrong is not None:
@@ -80,7 +80,7 @@ def _local(tensor: Tensor) -> Tensor:
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
-def check_saved(tensors: Mapping[str, Tensor], what: str) -> None:
+def check_finite_checkpoint(tensors: Mapping[str, Tensor], what: str) -> None:
     """Raises ConfigurationError, with the tensor's name, if something of a checkpoint's is not finite.
 
     Args:
@@ -88,7 +88,7 @@ def check_saved(tensors: Mapping[str, Tensor], what: str) -> None:
         what: to call them.
 
     Example:
-        >>> check_saved({"B": torch.zeros(8, 4)}, "weights")
+        >>> check_finite_checkpoint({"B": torch.zeros(8, 4)}, "weights")
     """
     wrong = first_not_finite(tensors)
     if wrong is not None:

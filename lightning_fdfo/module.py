@@ -32,14 +32,14 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.prompt_check import check_prompts
 from lightning_fdfo.rollout.collector import RolloutCollector
-from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints
+from lightning_fdfo.rollout.run_context import RunContext
 from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling, check_number
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.bind import bind, cache_texts, check_binding, check_trainable, load
 from lightning_fdfo.training.epoch_log import EpochLog
-from lightning_fdfo.training.optimizers import configured, paper_adamw
+from lightning_fdfo.training.optimizers import build_optimizers, paper_adamw
 from lightning_fdfo.training.seeded_dropout import SeededDropout
 from lightning_fdfo.training.step import batch_loss
 from lightning_fdfo.training.summary import report_run
@@ -216,7 +216,7 @@ class FDFOModule(EvaluationSteps):
             check_trainable(self)
 
     def configure_optimizers(self) -> Any:
-        return configured(self.optimizer, self.lr_scheduler, list(trainable(self).values()))
+        return build_optimizers(self.optimizer, self.lr_scheduler, list(trainable(self).values()))
 
     def on_fit_start(self) -> None:
         self.to_device()
@@ -241,7 +241,7 @@ class FDFOModule(EvaluationSteps):
             prompts,
             self.plan,
             self.sampling,
-            Devices(self.trainer),
+            RunContext(self.trainer),
             seed=self.seed,
             normalization=self.objective.normalization,
             rollout_batch_size=self.batching.rollout_batch_size,

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.finite import check_saved
+from lightning_fdfo.finite import check_finite_checkpoint
 from lightning_fdfo.settings import check_number
 from lightning_fdfo.training.trained_state import trainable
 
@@ -78,7 +78,7 @@ class EMA(Callback):
             rank_zero_info("EMA: the checkpoint holds no average; one starts from its weights")
         else:
             _check(state["average"], pl_module)
-            check_saved(state["average"], "EMA's average")
+            check_finite_checkpoint(state["average"], "EMA's average")
 
     # Updates
 

@@ -11,7 +11,7 @@ from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.checkpoints.run_folder import is_inside, run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import atomic_path, is_first_process
-from lightning_fdfo.finite import check_trained
+from lightning_fdfo.finite import check_finite_weights
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora_files import save_lora
 from lightning_fdfo.module import FDFOModule
@@ -53,7 +53,7 @@ class LoRAExport(Callback):
 
 def _write_lora(pl_module: LightningModule, folder: Path) -> None:
     """The first process writes; all take part, for weights may be sharded. What is not finite is not written."""
-    check_trained({name: value for name, value in pl_module.named_parameters() if value.requires_grad})
+    check_finite_weights({name: value for name, value in pl_module.named_parameters() if value.requires_grad})
     partial = folder / ".partial"
     if is_first_process():
         partial.mkdir(parents=True, exist_ok=True)

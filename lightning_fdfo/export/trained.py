@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.finite import check_saved, first_not_finite
+from lightning_fdfo.finite import check_finite_checkpoint, first_not_finite
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
@@ -91,7 +91,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
     saved = SafeCheckpointIO().load_checkpoint(checkpoint)
     averages = [state["average"] for state in saved.get("callbacks", {}).values() if "average" in state]
     weights: dict[str, Tensor] = averages[0] if averages and averages[0] else saved["state_dict"]
-    check_saved(weights, "weights")
+    check_finite_checkpoint(weights, "weights")
     return weights
 
 

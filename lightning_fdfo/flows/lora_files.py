@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import is_first_process
-from lightning_fdfo.finite import check_trained
+from lightning_fdfo.finite import check_finite_weights
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA, bind_lora
 from lightning_fdfo.flows.lora_contents import PREFIX, check_layers, copy_into_lora, lora_in_file, settings_in
@@ -98,7 +98,7 @@ def save_lora(flow: FlowModel, folder: Path) -> None:
     """
     transformer: Any = flow.transformer
     weights, settings = folded(full_tensors(get_peft_model_state_dict(transformer)), peft_settings(transformer))
-    check_trained(weights)
+    check_finite_weights(weights)
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / LORA_FILE, _prefixed(weights), _prefixed(settings))

@@ -13,7 +13,7 @@ from lightning_fdfo.checkpoints.run_owner import RunOwner
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.guards.capacity import check_fits
 from lightning_fdfo.guards.finite_weights import FiniteWeights
-from lightning_fdfo.guards.fit_callbacks import fit_callbacks, missing
+from lightning_fdfo.guards.fit_callbacks import fit_callbacks, not_present
 from lightning_fdfo.guards.learning_guard import LearningGuard
 from lightning_fdfo.guards.module_use import check_use, use_safe_checkpoints
 from lightning_fdfo.guards.trainer_settings import check_trainer_settings
@@ -67,4 +67,4 @@ def all_guards(module: LightningModule, settings: PlannedModule) -> list[Callbac
     if plan is not None:
         num_updates = max(trainer.max_epochs or 0, 0) * plan.updates_per_epoch
         try_optimizer(settings.optimizer, settings.lr_scheduler, num_updates, trainer.strategy.root_device)
-    return missing(trainer, [*(kind() for kind in KINDS), *fit_callbacks(trainer)])
+    return not_present(trainer, [*(kind() for kind in KINDS), *fit_callbacks(trainer)])

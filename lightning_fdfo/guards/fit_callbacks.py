@@ -27,7 +27,7 @@ def fit_callbacks(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
-def missing(trainer: Trainer, callbacks: Iterable[Callback]) -> list[Callback]:
+def not_present(trainer: Trainer, callbacks: Iterable[Callback]) -> list[Callback]:
     """Those of which a trainer has none of the same class yet, for `LightningModule.configure_callbacks`."""
     present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
     return [callback for callback in callbacks if type(callback) not in present]

@@ -1,7 +1,7 @@
-"""The training loader: rolls an epoch out, scores it, and deals its points into batches.
+"""The training loader: rolls an epoch out, weighs its scores, and deals its points into batches.
 
-    prompts --encode--> conditioning --roll_out, batch by batch--> Rollout --score--> EpochScores
-                                                                      '--------------------'--deal--> TrajectoryPoints
+    prompts --encode--> conditioning --roll_out, batch by batch--> Rollout --weigh_scores--> EpochScores
+                                                                      '---------------------------+--> batches of points
 
 Legend: P pairs on this device, 2P branches, `...` a latent's own axes.
 """
@@ -22,11 +22,11 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.scores import kept_pairs
-from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
+from lightning_fdfo.rollout.run_context import RunContext
 from lightning_fdfo.rollout.scores import EpochScores, gather, own_rows, weigh
 from lightning_fdfo.settings import FailurePolicy, Sampling
 
@@ -47,7 +47,7 @@ class RolloutCollector:
         prompts: the training prompts.
         plan: the epoch's arithmetic.
         sampling: how pairs are sampled.
-        devices: of the run.
+        context: of the run: its devices, precision, epoch and callbacks.
         seed: the run's.
         normalization: of the direction.
         rollout_batch_size: pairs a forward; sets memory only.
@@ -61,7 +61,7 @@ class RolloutCollector:
         prompts: Sequence[Prompt],
         plan: BatchPlan,
         sampling: Sampling,
-        devices: Devices,
+        context: RunContext,
         *,
         seed: int,
         normalization: Normalization = "mean_square",
@@ -73,7 +73,7 @@ class RolloutCollector:
         self.prompts = prompts
         self.plan = plan
         self.sampling = sampling
-        self.devices = devices
+        self.context = context
         self.seed = seed
         self.normalization = normalization
         self.rollout_batch_size = rollout_batch_size
@@ -89,10 +89,10 @@ class RolloutCollector:
         return self.plan.batches_per_epoch
 
     def __iter__(self) -> Iterator[TrajectoryPoints]:
-        epoch = self.devices.epoch
+        epoch = self.context.epoch
         rollout = self.collect(epoch)
         endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
-        reward_difference = self.score(rollout, endpoint_difference, epoch)
+        reward_difference = self.weigh_scores(rollout, endpoint_difference, epoch)
         directions = normalize_difference(endpoint_difference, self.normalization)
         del endpoint_difference
         self.end = time.perf_counter()
@@ -105,20 +105,20 @@ class RolloutCollector:
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning of prompts, a row each, on the CPU, in the trainer's precision."""
-        with self.devices.precision():
+        with self.context.precision():
             scale, batch_size = self.sampling.guidance_scale, self.rollout_batch_size
             return encode_prompts(self.flow, prompts, scale, batch_size).to("cpu")
 
     def collect(self, epoch: int) -> Rollout:
         """Rolls out this device's pairs of an epoch: all texts are encoded first, then pairs go batch by batch."""
         count, size = self.plan.pairs_per_device, self.rollout_batch_size
-        first = self.devices.rank * count
+        first = self.context.rank * count
         pairs = range(first, first + count)
         prompts = self.prompts_of(epoch, pairs)
         conditioning = self.encode(prompts)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         chunks = []
-        for rows in self.devices.track(batches):
+        for rows in self.context.track(batches):
             own = slice(rows.start, rows.stop)
             chunks.append(self._roll_out(epoch, pairs[own], prompts[own], conditioning[rows]))
         return Rollout.cat(chunks)
@@ -127,8 +127,8 @@ class RolloutCollector:
         self, epoch: int, pairs: Sequence[int], prompts: Sequence[Prompt], conditioning: Conditioning
     ) -> Rollout:
         """One batch of pairs."""
-        self.devices.announce("on_rollout_batch_start")
-        with self.devices.precision():
+        self.context.announce("on_rollout_batch_start")
+        with self.context.precision():
             return roll_out(
                 self.flow,
                 self.rewards,
@@ -138,12 +138,12 @@ class RolloutCollector:
                 seed=self.seed,
                 epoch=epoch,
                 sampling=self.sampling,
-                device=self.devices.device,
+                device=self.context.device,
                 drop=self.failures.drops_pairs,
             )
 
-    def score(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
-        """Gathers the scores of all devices, weights them, and announces them to callbacks.
+    def weigh_scores(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
+        """Gathers the scores of all devices, checks how many pairs were dropped, weighs the rest, and calls callbacks.
 
         Dropped pairs have a difference of 0, which makes their loss 0. The differences of the others are multiplied by
         num_pairs / kept. This multiplies their loss and gradient by the same factor: the loss contains r and |r|, so it
@@ -156,7 +156,7 @@ class RolloutCollector:
             RewardError: more pairs were dropped than `failures.max_dropped` allows.
         """
         num_pairs = self.plan.num_pairs
-        gathered = gather(rollout, endpoint_difference, num_pairs, self.devices.all_sum)
+        gathered = gather(rollout, endpoint_difference, num_pairs, self.context.all_sum)
         kept = int(kept_pairs(gathered.scores).sum())
         dropped = 1 - kept / num_pairs
         if dropped > self.failures.max_dropped:
@@ -170,6 +170,6 @@ class RolloutCollector:
         self.metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
         if self.failures.drops_pairs:
             self.metrics["reward/dropped"] = dropped
-        self.devices.announce("on_rollout_end", rollout, self.scores)
+        self.context.announce("on_rollout_end", rollout, self.scores)
         difference = self.scores.difference[own_rows(rollout.pairs)]
         return difference * (num_pairs / kept) if dropped else difference

@@ -136,7 +136,7 @@ def _class_name(make: Callable[..., Any]) -> str:
     return getattr(make, "__name__", type(make).__name__)
 
 
-def configured(
+def build_optimizers(
     optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, parameters: list[Tensor]
 ) -> Optimizer | dict[str, Any]:
     """The optimiser of what trains, and the scheduler, stepped after each update: for `configure_optimizers`."""

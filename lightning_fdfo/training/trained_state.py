@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.finite import check_saved, check_trained
+from lightning_fdfo.finite import check_finite_checkpoint, check_finite_weights
 from lightning_fdfo.flows.lora import LoRA
 
 ENTRY = "fdfo"
@@ -67,7 +67,7 @@ def dump(checkpoint: dict[str, Any], module: nn.Module, settings: Mapping[str, A
     checkpoint["shapes"] = shapes(own)
     weights = checkpoint["state_dict"]  # empty but on the first process, where weights are sharded
     checkpoint["state_dict"] = {name: weights[name] for name in own if name in weights}
-    check_trained(checkpoint["state_dict"])
+    check_finite_weights(checkpoint["state_dict"])
 
 
 def check_restored(
@@ -92,9 +92,9 @@ def check_restored(
     check_weights(checkpoint.get("shapes", {}), shapes(own))
     if "state_dict" in checkpoint:  # where weights are sharded, the strategy has loaded it already
         check_weights(shapes(checkpoint["state_dict"]), shapes(own))
-    check_saved(checkpoint.get("state_dict") or own, "weights")
+    check_finite_checkpoint(checkpoint.get("state_dict") or own, "weights")
     if goes_on:
-        check_saved(optimizer_tensors(checkpoint), "optimiser's state")
+        check_finite_checkpoint(optimizer_tensors(checkpoint), "optimiser's state")
 
 
 def check_complete(checkpoint: Mapping[str, Any], path: object) -> None:

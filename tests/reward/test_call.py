@@ -19,7 +19,7 @@ from lightning_fdfo.reward import load_reward
 from lightning_fdfo.reward import waiting as reward_waiting
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.devices import Devices
+from lightning_fdfo.rollout.run_context import RunContext
 from lightning_fdfo.rollout.scores import gather
 from lightning_fdfo.settings import Sampling
 from tests.conftest import brightness
@@ -137,7 +137,7 @@ def test_differences_of_float32_scores_are_float32s_own_to_the_bit():
 def test_scores_cross_devices_without_float64(toy_module, fit, monkeypatch):
     """What is summed over devices are whole numbers, which every accelerator has."""
     module = toy_module(rewards={"r": RewardTerm(lambda images, *_: 1e8 + images.mean(dim=(1, 2, 3)).double())})
-    kinds, seen = [], Devices.all_sum
+    kinds, seen = [], RunContext.all_sum
 
     def all_sum(self, values):
         kinds.append(values.dtype)
@@ -149,7 +149,7 @@ def test_scores_cross_devices_without_float64(toy_module, fit, monkeypatch):
         def on_rollout_end(self, trainer, pl_module, rollout, scores):
             rollouts.append(rollout)
 
-    monkeypatch.setattr(Devices, "all_sum", all_sum)
+    monkeypatch.setattr(RunContext, "all_sum", all_sum)
     fit(module, 1, callbacks=[Keep()])
     assert torch.int64 in kinds
     assert torch.float64 not in kinds

@@ -11,9 +11,9 @@ from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout import collector as collecting
 from lightning_fdfo.rollout.collector import RolloutCollector
-from lightning_fdfo.rollout.devices import Devices
 from lightning_fdfo.rollout.pairs import roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
+from lightning_fdfo.rollout.run_context import RunContext
 from tests.conftest import ToyFlow, brightness
 from tests.rollout.test_pairs import CPU, PROMPTS, SAMPLING
 
@@ -85,7 +85,7 @@ def test_two_devices_make_the_pairs_of_one(monkeypatch):
 def test_callbacks_are_called_before_each_batch_and_with_all_that_an_epoch_gave():
     collector = make_collector(chunk_size=3)
     list(collector)
-    *batches, (event, rollout, scores) = collector.devices.events
+    *batches, (event, rollout, scores) = collector.context.events
     assert batches == [("on_rollout_batch_start",)] * 3
     assert (event, list(rollout.pairs)) == ("on_rollout_end", list(range(8)))
     assert scores is collector.scores
@@ -96,6 +96,6 @@ def test_callbacks_are_called_before_each_batch_and_with_all_that_an_epoch_gave(
 
 
 def test_a_copy_has_no_trainer():
-    copied = copy.deepcopy(Devices(object()))
-    with pytest.raises(RuntimeError, match="a copy of a rollout's Devices has no trainer"):
+    copied = copy.deepcopy(RunContext(object()))
+    with pytest.raises(RuntimeError, match="a copy of a RunContext has no trainer"):
         copied.epoch  # noqa: B018

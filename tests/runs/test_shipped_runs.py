@@ -44,7 +44,7 @@ def fit(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    score = RolloutCollector.score
+    weigh_scores = RolloutCollector.weigh_scores
 
     def run(arguments, at=lambda epoch: None):
         epochs = []
@@ -52,9 +52,9 @@ def fit(monkeypatch):
         def counted(self, rollout, endpoint_difference, epoch):
             epochs.append(epoch)
             at(epoch)
-            return score(self, rollout, endpoint_difference, epoch)
+            return weigh_scores(self, rollout, endpoint_difference, epoch)
 
-        monkeypatch.setattr(RolloutCollector, "score", counted)
+        monkeypatch.setattr(RolloutCollector, "weigh_scores", counted)
         main(arguments)
         return epochs
 

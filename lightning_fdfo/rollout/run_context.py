@@ -14,7 +14,7 @@ from lightning_fdfo.parallel import all_sum
 from lightning_fdfo.rollout.progress_bar import rollout_bar
 
 
-class Devices:
+class RunContext:
     """The trainer, as a rollout sees it.
 
     Args:
@@ -31,7 +31,7 @@ class Devices:
     def trainer(self) -> Trainer:
         """The trainer; raises RuntimeError in a copy."""
         if self._trainer is None:
-            raise RuntimeError("a copy of a rollout's Devices has no trainer: make new ones of the trainer that runs")
+            raise RuntimeError("a copy of a RunContext has no trainer: make a new one from the trainer that runs")
         return self._trainer
 
     @property
