@@ -1,4 +1,4 @@
-"""The command `lightning-fdfo`, also `python -m lightning_fdfo`: imports what its first word needs, and no more."""
+"""The command `lightning-fdfo`, also `python -m lightning_fdfo`: imports only what the command that was named needs."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Four exceptions: the user can mend this; a reward failed; training has gone astray; a signal ends the process."""
+"""Four exceptions: a mistake that the user can fix; a reward failed; training diverged; a signal ends the process."""
 
 
 class ConfigurationError(ValueError):

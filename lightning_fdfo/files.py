@@ -1,4 +1,4 @@
-"""Files and folders that are complete or as they were: written aside, then renamed; which process writes them."""
+"""Atomic writes: a file or folder is complete or unchanged, because it is written under another name, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found where they are made, and named.
+"""Finds tensors with numbers that are not finite, and names them.
 
 Weights are read once, by their extremes; of a sampler's velocities each step notes which rows are finite, and nobody
 waits for the device before the images are there.

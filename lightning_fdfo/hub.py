@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: which, under which licence, fetched through the hub's cache; and what is a hub name.
+"""Files of the Hugging Face hub: their names and licence, fetched through its cache; and which names are hub names.
 
 `HubFiles` names files of one repository, or a local file or folder in their place. If they cannot be fetched, the error
 says in one sentence why, and what to do.

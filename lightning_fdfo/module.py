@@ -1,4 +1,4 @@
-"""FDFOModule: answers Lightning, and holds the collaborators that do the work.
+"""FDFOModule: Lightning's hooks, which call the objects that do the work.
 
 The rollout: `rollout/collector.py`; hooks of validation and test: `evaluation/steps.py`; guards: `guards/`. All else is
 Lightning's. A checkpoint holds no hyper-parameters, which would silently override a configuration: see config.yaml.

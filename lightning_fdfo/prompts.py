@@ -1,4 +1,4 @@
-r"""Prompts: one a line (.txt), or one JSON object a line (.jsonl).
+r"""Prompts: one per line (.txt), or one JSON object per line (.jsonl).
 
     {"prompt": "\"427\" in red", "negative_prompt": "blurry", "text": "427"}
 

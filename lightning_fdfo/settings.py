@@ -1,4 +1,4 @@
-"""The groups of settings that FDFOModule takes. Each validates itself: numbers are finite and in their range."""
+"""The groups of settings that FDFOModule takes; each checks that its numbers are finite and in range."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run leaves to go on from: its folder, its checkpoints and their settings."""
+"""What a run leaves for a resume: its folder, its checkpoints and their settings."""

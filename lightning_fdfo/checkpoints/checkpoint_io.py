@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or not there, checked when they are read, and no code in them is run."""
+"""Checkpoints on disk: complete or absent, checked when they are read, and read without running code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets a restored optimiser and its scheduler to what counts: a schedule is computed anew from the first step."""
+"""Applies the settings that win on a resume, and recomputes the schedule from step 0."""
 
 from __future__ import annotations
 

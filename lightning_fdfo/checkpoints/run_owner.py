@@ -1,4 +1,4 @@
-"""RunOwner: one run a folder, and one process at a time that writes into it.
+"""RunOwner: one run per folder, and one process at a time that writes into it.
 
 The folder is claimed before anything is written. Two files say so: `.lock`, which names the process, and which the
 operating system holds for it (and lets go when it is killed); and `run.json`, which stays: this folder holds a run.

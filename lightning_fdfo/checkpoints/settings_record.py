@@ -1,4 +1,4 @@
-"""A record of the settings that a run trains with, in each checkpoint, and how another configuration differs from it.
+"""A record, in each checkpoint, of the settings that a run trains with; and how another configuration differs from it.
 
 The record is plain data: dictionaries, lists, strings and numbers. It is compared, and never executed; nothing of it
 takes a configuration's place.

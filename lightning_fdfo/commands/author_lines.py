@@ -1,4 +1,4 @@
-"""Of the traceback of a reward's failure, the part that its author wrote: what the command line shows."""
+"""The part of a reward's traceback that lies in its author's code: the command line shows it."""
 
 from __future__ import annotations
 

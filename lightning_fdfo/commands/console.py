@@ -1,4 +1,4 @@
-"""What a run prints before its first number: a line a thing that matters, and nothing of the libraries below."""
+"""What a run prints before its first number: one line per fact, and nothing from libraries."""
 
 from __future__ import annotations
 

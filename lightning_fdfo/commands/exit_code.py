@@ -1,4 +1,4 @@
-"""From an error to what is printed and the exit code: the one place, for all commands.
+"""From an error to what is printed and the exit code, for all commands.
 
 An error that somebody can mend is one line. What is not registered here is a bug, and keeps its traceback. A module
 that imports a heavy library registers that library's errors by itself, so that light commands stay light.

@@ -1,4 +1,4 @@
-"""Scores of a folder of images: a row an image, as a table, CSV or JSON."""
+"""Scores of a folder of images: one row per image, as a table, CSV or JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What embeds images, so that their distances mean something to an eye: CLIP, or DreamSim if it is installed."""
+"""Models that embed images, so that distances mean visual difference: CLIP, or DreamSim if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means over images that come several a prompt, and how sure they are."""
+"""Means over images of which each prompt has several, and their uncertainty."""
 
 from __future__ import annotations
 

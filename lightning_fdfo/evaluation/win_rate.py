@@ -1,4 +1,4 @@
-"""How often one model's image is better than another's of the same prompt and latents, and how sure that is."""
+"""How often one model's image is better than another's of the same prompt and latents, and the uncertainty of that."""
 
 from __future__ import annotations
 

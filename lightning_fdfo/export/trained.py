@@ -1,4 +1,4 @@
-"""What a run has trained, brought into diffusers' own formats."""
+"""Converts what a run has trained to diffusers' own formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base models, one family a file; `DiffusersFlow(pretrained)` gives the one that serves a pipeline."""
+"""Base models, one family per file; `DiffusersFlow(pretrained)` gives the one that serves a pipeline."""
 
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.conditioning import Conditioning

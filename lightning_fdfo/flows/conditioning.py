@@ -1,4 +1,4 @@
-"""Conditioning: what a velocity is conditioned on, a row a prompt."""
+"""Conditioning: what a velocity is conditioned on, one row per prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DiffusersFlow: what model families share. A family says how its model differs, on the pipeline that diffusers has.
+"""DiffusersFlow: what all model families share, for models that diffusers has a pipeline for.
 
     texts --encode_texts--> named tensors --predict(latents, sigma)--> velocity
     sigmas: the pipeline's scheduler, with the options of `grid`;  decode: `unscale`, then the pipeline's VAE

@@ -1,4 +1,4 @@
-"""A LoRA with its scale in its weights, so that it acts the same where its metadata is not read.
+"""Folds a LoRA's scale into its weights, so that it acts the same where its metadata is not read.
 
 A scale is alpha / rank, and alpha stands in metadata that not every program reads. What is written has alpha = rank.
 """

@@ -1,4 +1,4 @@
-"""Quantised weights for the frozen transformer: less memory, for a base model that is a little another one."""
+"""Quantised weights for the frozen transformer: less memory, at the cost of a slightly different base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlowFamily: what a model family says of its model; and which family serves which pipeline.
+"""FlowFamily: what a model family declares, and which family serves which pipeline.
 
 A family is found by the pipeline class that a folder's `model_index.json` names. How to write one:
 docs/model_families.md.

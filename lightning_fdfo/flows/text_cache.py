@@ -1,4 +1,4 @@
-"""Encoded texts on disk: each is encoded once, for all runs, until anything that it depends on changes.
+"""Encoded texts on disk: each is encoded once for all runs, and again when anything that it depends on changes.
 
     FOLDER/FINGERPRINT/*.safetensors: shards of some texts each; their keys stand in the shard's header
 

@@ -1,4 +1,4 @@
-"""Where a flow's text encoders are, and when they encode: three ways, `flow.text_encoders` names one.
+"""Where a flow's text encoders are, and when they encode: `flow.text_encoders` is resident, offloaded or cached.
 
 keep      Resident    they stay on the device
 offload   Offloaded   they are on the device only while texts are encoded

@@ -1,4 +1,4 @@
-"""A velocity that is watched while it is sampled: what is not finite is found at its step, and named."""
+"""A velocity that is checked at each sampling step: the first step whose values are not finite is named."""
 
 from __future__ import annotations
 

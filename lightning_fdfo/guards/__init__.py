@@ -1,1 +1,1 @@
-"""What refuses a run that cannot work, and ends one that has gone astray or is asked to stop."""
+"""What refuses a run that cannot work, and ends one that has diverged or is asked to stop."""

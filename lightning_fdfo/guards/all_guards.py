@@ -1,4 +1,4 @@
-"""All guards of a run: settings that cannot work are refused, and the callbacks that no run is without are given."""
+"""All guards of a run: refuses settings that cannot work, and adds the callbacks that every run has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a run can fit: what it holds for certain, against the memory that there is.
+"""Whether a run can fit: what it certainly needs, against the memory that is available.
 
     CPU's memory = an epoch's rollout at rest, of each process of this machine
     device       = weights, what trains, and the larger of a rollout's chunk and a training batch

@@ -1,4 +1,4 @@
-"""FiniteWeights: a run whose weights are not finite ends before anything of it is kept."""
+"""FiniteWeights: ends a run whose weights are not finite, before they are saved."""
 
 from __future__ import annotations
 

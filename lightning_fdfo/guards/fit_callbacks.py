@@ -1,4 +1,4 @@
-"""The callbacks that no `fit` is without, whether the command starts it or plain Python."""
+"""Callbacks added to every `fit`, by the command and in plain Python."""
 
 from __future__ import annotations
 

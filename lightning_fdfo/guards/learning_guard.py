@@ -1,4 +1,4 @@
-"""LearningGuard: refuses a run that cannot learn, and reports what teaches nothing, each thing once."""
+"""LearningGuard: refuses a run that cannot learn, and reports once each reward that teaches nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a run will want, by arithmetic: on the device that trains, and beside it for a rollout at rest.
+"""An estimate of a run's memory: on the device that trains, plus CPU memory for the stored rollout.
 
     device = weights + training state + VAE + activations of one training forward
     CPU    = an epoch's rollout

@@ -1,4 +1,4 @@
-"""Rewards that teach nothing, or little, in an epoch, and why: reported, for the next epoch may be another.
+"""Reports rewards that teach nothing, or little, in an epoch, and why.
 
 A pair teaches by the difference of its two scores. Where all differences are 0 (constant scores, a gate that is shut,
 equal images) the gradient is 0.

@@ -1,4 +1,4 @@
-"""SLURMRequeue: a job that SLURM is about to end is queued anew, to go on from its last complete epoch."""
+"""SLURMRequeue: queues a job again that SLURM is about to end; it resumes from its last complete epoch."""
 
 from __future__ import annotations
 

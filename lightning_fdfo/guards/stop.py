@@ -1,4 +1,4 @@
-"""How a run ends early: by ctrl-C or SIGTERM, after the current batch or update; by an error of one process."""
+"""How a run ends early: by ctrl-C or SIGTERM, after the current batch or update; or by an error of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the Trainer's settings and callbacks may stand beside the objective, and which would change an update.
+"""Which settings and callbacks of the Trainer are allowed, and which are refused because they would change an update.
 
 An epoch is `updates_per_epoch` optimiser steps over all its points. What would cut an epoch short, step elsewhere, or
 write the weights is refused in one sentence; everything else of Lightning's works as Lightning documents it.

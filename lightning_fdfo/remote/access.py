@@ -1,4 +1,4 @@
-"""Who may ask a reward server: a bearer token from the environment, and hosts that only this machine reaches."""
+"""Access to a reward server: a bearer token from the environment, and hosts that only this machine reaches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client's side of the wire: calls with a time limit, tried again while that may help."""
+"""The client's HTTP calls: with a time limit, and tried again where that may help."""
 
 from __future__ import annotations
 

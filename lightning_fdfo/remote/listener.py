@@ -1,4 +1,4 @@
-"""An address that is taken before weights are loaded, and the server that answers there until it is stopped."""
+"""Binds an address before weights are loaded, and serves there until stopped."""
 
 from __future__ import annotations
 

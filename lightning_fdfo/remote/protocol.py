@@ -1,4 +1,4 @@
-"""What goes over the wire between a RemoteReward and its server.
+"""The messages between a RemoteReward and its server.
 
     GET  /reward                          -> Description
     POST /check   Prompts, as JSON        -> {}

@@ -1,1 +1,1 @@
-"""The report: what a run has left in its folder, as one page that needs nothing else."""
+"""The report: what a run has left in its folder, as one self-contained page."""

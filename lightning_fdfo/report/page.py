@@ -1,4 +1,4 @@
-"""The page: settings, curves, correlations, galleries and metrics of a run, with nothing to fetch.
+"""The page: settings, curves, correlations, galleries and metrics of a run, self-contained.
 
 How it is made:
 

@@ -1,4 +1,4 @@
-"""The contract of a reward: a class that scores images. How one is found by its name: registry.py."""
+"""The contract of a reward: a class that scores images."""
 
 from __future__ import annotations
 

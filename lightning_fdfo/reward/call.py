@@ -1,4 +1,4 @@
-"""One call into a reward's code: what it is handed, what counts as scores, and what becomes of its failures.
+"""One call of a reward's code: what it is given, which values are valid scores, and what happens when it fails.
 
 A reward is foreign code. It gets copies, so that whatever it writes into them changes nothing for others; what it
 raises is turned into a RewardError with its name; how long it is waited for is reported.

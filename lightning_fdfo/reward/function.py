@@ -1,4 +1,4 @@
-"""A plain function as a reward, and whether it can be called as one."""
+"""A plain function as a reward, and the check that it can be called as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The running deviation by which a mixture's `scale: std` divides."""
+"""The running standard deviation by which a mixture's `scale: std` divides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rewards say of a batch of images: numbers, masks that say which of them count, and half differences of pairs.
+"""A reward's scores of a batch of images: values, masks that say which of them count, and half differences of pairs.
 
 Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 """

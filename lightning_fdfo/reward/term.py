@@ -1,4 +1,4 @@
-"""A term of a mixture: one reward, and how it counts.
+"""A term of a mixture: one reward, with its weight, scale, clip, gate, device and time limit.
 
 In a configuration a term has a short or a long form:
 

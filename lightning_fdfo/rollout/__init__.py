@@ -1,1 +1,1 @@
-"""An epoch: prompts in, scored pairs of images in between, points to train on out."""
+"""An epoch: from prompts through scored pairs of images to points to train on."""

@@ -1,4 +1,4 @@
-"""Numbers that say how a rollout went, over all devices."""
+"""The logged numbers of a rollout, over all devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rollout's progress, in the library of whatever bar the trainer shows: two live bars of two libraries clash."""
+"""The rollout's progress bar, in the library that the trainer's bar uses: live bars of two libraries would clash."""
 
 from __future__ import annotations
 

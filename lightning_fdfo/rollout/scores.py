@@ -1,4 +1,4 @@
-"""What a mixture makes of an epoch's pairs: the scores of all devices, gathered, then weighted.
+"""The scores of an epoch's pairs: gathered from all devices, then weighted by the mixture.
 
     scores of this device --gather--> GatheredScores --weigh--> EpochScores: what each term adds to a pair's difference
 

@@ -1,4 +1,4 @@
-"""How a conformance check is run: one after the other, and what came of each in words."""
+"""Runs conformance checks one after the other, and reports the result of each in words."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What an update needs and what keeps it right: optimisers, base weights, guards."""
+"""What an update needs: optimisers, base weights, the loss, and checks on its gradient."""

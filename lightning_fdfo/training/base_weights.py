@@ -1,4 +1,4 @@
-"""The base model in the place of the tuned one, for a while."""
+"""Puts the base model's weights in place of the tuned ones, for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A flow is loaded, and what trains is bound to it: a new LoRA, the LoRA of a file, or the whole transformer."""
+"""Loads a flow, and binds to it what trains: a new LoRA, the LoRA of a file, or the whole transformer."""
 
 from __future__ import annotations
 

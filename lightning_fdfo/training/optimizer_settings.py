@@ -1,4 +1,4 @@
-"""What an optimiser and its scheduler are set to: a checkpoint's settings beside a configuration's, and which count.
+"""The settings of an optimiser and its scheduler: a checkpoint's against a configuration's, and which of them win.
 
 On a resume an optimiser's settings (learning rate, betas, weight decay, …) are the checkpoint's, as its moments are;
 those that the command line names are the configuration's. A scheduler's state is the checkpoint's, too. It is computed

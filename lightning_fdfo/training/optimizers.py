@@ -1,4 +1,4 @@
-"""The optimiser and its scheduler: tried on a weight of their own before a model is loaded, then on what trains."""
+"""The optimiser and its scheduler: tried on a small weight before a model is loaded, then built for what trains."""
 
 from __future__ import annotations
 

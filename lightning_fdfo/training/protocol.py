@@ -1,4 +1,4 @@
-"""What guards and checkpoints know of the module that trains: its settings, and nothing that makes it a module."""
+"""TrainingModule: the attributes of the module that guards and checkpoints use, as a protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RolloutLog: logs what an epoch's rollout was like with its first batch, and the speed of training with its last."""
+"""RolloutLog: logs an epoch's rollout at its first batch, and the speed of training at its last."""
 
 from __future__ import annotations
 

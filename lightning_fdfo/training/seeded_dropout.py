@@ -1,4 +1,4 @@
-"""SeededDropout: a LoRA's dropout that draws by seed, epoch, batch and device."""
+"""SeededDropout: a LoRA's dropout, drawn from (seed, epoch, batch, device)."""
 
 from __future__ import annotations
 

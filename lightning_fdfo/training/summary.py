@@ -1,4 +1,4 @@
-"""What a run says of its model and its rewards before its first number: a line each."""
+"""What a run prints about its model and its rewards before its first number: one line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trains, and nothing else, in a checkpoint: dumped, and restored strictly.
+"""The weights that train, and only they, in a checkpoint: saved, and restored strictly.
 
 A checkpoint without the frozen weights is small, and Lightning's own strict loading would refuse it: names, shapes and
 the settings that the weights mean nothing without are compared here instead.

@@ -1,4 +1,4 @@
-"""Trainer, model and data from a configuration: what a class refuses is one line, with the key that names the class."""
+"""Trainer, model and data from a configuration: if a class refuses its arguments, one line says which key named it."""
 
 from __future__ import annotations
 

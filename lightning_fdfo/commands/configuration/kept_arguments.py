@@ -1,4 +1,4 @@
-"""What a change of class keeps of a configuration file: the parser takes over arguments that the other class has, too.
+"""When `class_path` changes, arguments of the old class that the new one also accepts are kept; reports which.
 
 For example:
 

@@ -1,4 +1,4 @@
-"""Arguments of the command line that change one value of a mixture's term, and leave the rest as the files have it.
+"""`--model.rewards.NAME VALUE`: changes one value of a mixture's term, and leaves the rest as the files have it.
 
     --model.rewards.OCR 0.3                        the weight, whether the files give OCR in the short form or the long
     --model.rewards.small.weight "{0: 1, 20: 0.3}"

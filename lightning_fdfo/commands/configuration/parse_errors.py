@@ -1,4 +1,4 @@
-"""A mistake in a configuration as one sentence, with the class, the key and the file that it lies in.
+"""A mistake in a configuration as one sentence, with the class, the key and the file.
 
 Of a class's own options the parser names neither the class nor the key: both are found on the stack, where it raises.
 """

@@ -1,4 +1,4 @@
-"""The parser of configurations: strict, of files that are bounded, and with errors in one line."""
+"""The parser of configurations: it refuses unknown keys and oversized files, and reports an error in one line."""
 
 from __future__ import annotations
 
