@@ -30,10 +30,10 @@ class PromptBatches:
 
     Args:
         prompts: all of them.
-        batch_size: images a forward.
+        batch_size: images per forward.
         rank: the device's number.
         world_size: of devices.
-        repeats: images a prompt.
+        repeats: images per prompt.
 
     Example:
         >>> prompts = [Prompt(text, "", {}, "") for text in "abc"]
@@ -67,7 +67,7 @@ class PromptDataModule(LightningDataModule):
     Args:
         train: prompt file that rollouts draw from.
         val: prompt file that validation generates images for, from fixed latents; None validates on nothing.
-        val_batch_size: images a forward in validation, test and prediction, a device.
+        val_batch_size: images per forward in validation, test and prediction, per device.
         test: prompt file for `test`; None takes `val`.
         predict: prompt file for `predict`; None takes `val`.
         images_per_prompt: in `test` and `predict`, each from latents of its own; the first is validation's. More only

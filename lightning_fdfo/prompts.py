@@ -74,7 +74,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     except OSError as error:
         raise ConfigurationError(f"prompt file {path} cannot be read: {error.strerror}") from error
     if not prompts:
-        raise ConfigurationError(f"prompt file {path} is empty: expected a prompt a line")
+        raise ConfigurationError(f"prompt file {path} is empty: expected a prompt per line")
     return prompts
 
 

@@ -49,11 +49,11 @@ class Batching:
     """The size of an epoch and of its forward passes. Counts of pairs and updates are totals over all devices.
 
     Args:
-        num_pairs: pairs an epoch, over all devices.
-        updates_per_epoch: optimiser steps an epoch; with 1, `objective.clip_range` has no effect.
+        num_pairs: pairs per epoch, over all devices.
+        updates_per_epoch: optimiser steps per epoch; with 1, `objective.clip_range` has no effect.
         num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
-        batch_size: points a forward in training, on each device; sets memory only.
-        rollout_batch_size: pairs a forward in a rollout, on each device; sets memory only.
+        batch_size: points per forward in training, on each device; sets memory only.
+        rollout_batch_size: pairs per forward in a rollout, on each device; sets memory only.
 
     Raises:
         ConfigurationError: a count below 1. Which counts divide which is checked by `BatchPlan`.

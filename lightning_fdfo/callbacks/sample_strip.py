@@ -24,7 +24,7 @@ MARGIN = 96
 
 
 class SampleStrip(Callback):
-    """Writes the first images of each validation, and all of them as one strip: a column an epoch, a row a prompt.
+    """Writes the first images of each validation, and all of them as one strip: a column per epoch, a row per prompt.
 
     `samples/epoch=000.png` (before training), … in the run's folder are grids, each image above its prompt. Loggers
     that take images get them too, as `samples` at the step of the epoch's numbers, and the first as `samples/before`

@@ -146,7 +146,7 @@ def score(
         folder: with images: .png, .jpg, .jpeg, .webp, .bmp; taken in the order of their names
         reward: a name, a dotted path, or as in a configuration:
             '{new: {reward: {class_path: HPSv2, init_args: …}}}'; may come several times
-        prompts: a .txt with a line an image, or a .jsonl that names its `image`s
+        prompts: a .txt with a line per image, or a .jsonl that names its `image`s
         format: table (default), csv or json
         output: a new .csv or .json; otherwise standard output
         device: of rewards that have none of their own

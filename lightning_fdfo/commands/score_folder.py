@@ -43,12 +43,12 @@ def score_folder(
     Args:
         folder: with image files; folders within are passed over.
         rewards: a mixture; its weights mean nothing here.
-        prompts_file: a line an image, in the order of their names; objects of a .jsonl may name their `image`.
+        prompts_file: a line per image, in the order of their names; objects of a .jsonl may name their `image`.
         device: for rewards that have none of their own.
         batch_size: images at once; those of one size go together.
 
     Returns:
-        A row an image, in the order of their names.
+        A row per image, in the order of their names.
 
     Raises:
         ConfigurationError: no images, a file that is none, prompts that do not fit; before any model is loaded.
@@ -108,7 +108,7 @@ def _prompts(files: Sequence[Path], prompts_file: Path | None, mix: RewardMix) -
         prompts = [by_name[file.name] for file in files]
     elif len(prompts) != len(files):
         raise ConfigurationError(
-            f"{prompts_file} has {len(prompts)} prompts for {len(files)} images: expected one an image, in the order "
+            f"{prompts_file} has {len(prompts)} prompts for {len(files)} images: expected one per image, in the order "
             'of their names, or a .jsonl whose objects have "image": "NAME"'
         )
     for prompt in prompts:
@@ -124,7 +124,7 @@ def _by_image(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
     for prompt in prompts:
         name = str(prompt.metadata.get("image"))
         if name in found:
-            raise ConfigurationError(f"{prompt.source}: expected one prompt an image, got another for {name}")
+            raise ConfigurationError(f"{prompt.source}: expected one prompt per image, got another for {name}")
         found[name] = prompt
     return found
 

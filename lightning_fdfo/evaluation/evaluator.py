@@ -132,7 +132,7 @@ class Evaluator:
         }
 
     def check_repeats(self, images_per_prompt: int) -> None:
-        """Raises ConfigurationError if `test` generates too few images a prompt to tell how diverse they are."""
+        """Raises ConfigurationError if `test` generates too few images per prompt to tell how diverse they are."""
         if self.embedder is not None and images_per_prompt < 2:
             raise ConfigurationError(
                 f"evaluation.diversity: expected data.images_per_prompt of at least 2, got {images_per_prompt}"

@@ -92,7 +92,7 @@ def base_licence(pretrained: str) -> str | None:
 
 
 def rewards_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The mixture, a row a term: name, class, weight, scale, and the licence of what it loads."""
+    """The mixture, a row per term: name, class, weight, scale, and the licence of what it loads."""
     terms = config["model"]["rewards"]
     try:
         mix = RewardMix(terms)

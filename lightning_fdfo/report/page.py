@@ -134,7 +134,7 @@ def _setting(config: Mapping[str, Any], paths: str) -> str:
 
 
 def _rewards(config: Mapping[str, Any]) -> dict[str, str]:
-    """The mixture, a line a term."""
+    """The mixture, a line per term."""
     terms = (config.get("model") or {}).get("rewards") or {}
     return {
         name: yaml.safe_dump(term, default_flow_style=True, width=1000).strip(" .\n") for name, term in terms.items()

@@ -25,7 +25,7 @@ class RunFiles:
         folder: the run's.
         config: its settings, as they were resolved; of the last start.
         history: name of a logged number -> (epoch, value), ….
-        pairs: a row a pair, of the last epochs, see `PairLog`.
+        pairs: a row per pair, of the last epochs, see `PairLog`.
         galleries: title -> epoch -> picture.
         before_after: `before`, `after` and `after_epoch`, see `BeforeAfter`.
         tests: name of a folder of `lightning-fdfo test` -> its `metrics.json`.

@@ -50,7 +50,7 @@ class RolloutCollector:
         context: of the run: its devices, precision, epoch and callbacks.
         seed: the run's.
         normalization: of the direction.
-        rollout_batch_size: pairs a forward; sets memory only.
+        rollout_batch_size: pairs per forward; sets memory only.
         failures: whether a reward's failure ends the run, and how many pairs may be dropped.
     """
 

@@ -87,7 +87,7 @@ def roll_out(
     Args:
         flow: the model, loaded.
         rewards: the mixture, set up.
-        prompts: one a pair.
+        prompts: one per pair.
         conditioning: of the prompts, a row each, on any device.
         pairs: their global indices in the epoch.
         seed: the run's.
@@ -136,7 +136,7 @@ def _sample(
     Args:
         flow: the model.
         conditioning: 2P rows, on `device`.
-        generators: P, one a pair.
+        generators: P, one per pair.
         sampling: settings.
         device: where the model is.
         names: P, what an error calls the pairs.

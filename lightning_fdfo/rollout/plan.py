@@ -18,15 +18,15 @@ class BatchPlan:
     pair, so that steps do not depend on the number of devices.
 
     Args:
-        num_pairs: pairs an epoch, over all devices.
-        updates_per_epoch: optimiser steps an epoch.
+        num_pairs: pairs per epoch, over all devices.
+        updates_per_epoch: optimiser steps per epoch.
         points_per_pair: points of a pair that are trained on, of its 2T.
-        batch_size: points a forward, on each device; sets memory only.
+        batch_size: points per forward, on each device; sets memory only.
         world_size: number of devices.
 
     Example:
         >>> print(BatchPlan(num_pairs=432, updates_per_epoch=4, points_per_pair=80, batch_size=54, world_size=8))
-        432 pairs an epoch = 54 a device x 8; 4 updates of 8 640 points = 20 batches of 54 on each device
+        432 pairs per epoch = 54 per device x 8; 4 updates of 8 640 points = 20 batches of 54 on each device
     """
 
     num_pairs: int
@@ -114,7 +114,7 @@ class BatchPlan:
     def __str__(self) -> str:
         points = f"{self.num_pairs * self.points_per_pair_and_update:,}".replace(",", " ")
         return (
-            f"{self.num_pairs} pairs an epoch = {self.pairs_per_device} a device x {self.world_size}; "
+            f"{self.num_pairs} pairs per epoch = {self.pairs_per_device} per device x {self.world_size}; "
             f"{self.updates_per_epoch} updates of {points} points = "
             f"{self.batches_per_update} batches of {self.batch_size} on each device"
         )

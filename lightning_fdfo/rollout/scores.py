@@ -4,7 +4,7 @@
 
 A pair's trajectories stay on the device that made them; a few numbers a pair and term do not.
 
-Legend: P pairs an epoch over all devices, by their global index; rows 2i and 2i+1 are the branches of pair i.
+Legend: P pairs per epoch over all devices, by their global index; rows 2i and 2i+1 are the branches of pair i.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Rewards for lightning-fdfo, one a file; they are found through entry points."""
+"""Rewards for lightning-fdfo, one per file; they are found through entry points."""

@@ -40,7 +40,7 @@ class Aesthetic(ModelReward):
         pretrained: the CLIPModel that the head was trained on: a hub name or a folder.
         revision: of `pretrained`: branch, tag or commit on the hub.
         dtype: of CLIP's weights, float32 or bfloat16; the head is always float32.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
 
     Raises:

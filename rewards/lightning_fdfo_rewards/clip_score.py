@@ -22,7 +22,7 @@ class CLIPScore(ModelReward):
         pretrained: any CLIPModel of transformers: a hub name or a folder.
         revision: branch, tag or commit on the hub.
         dtype: of the weights, float32 or bfloat16.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
 
     Raises:

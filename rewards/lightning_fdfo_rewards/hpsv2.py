@@ -38,7 +38,7 @@ class HPSv2(ModelReward):
         revision: of `checkpoint`: branch, tag or commit on the hub.
         num_heads: attention heads of the image and of the text tower; the checkpoint gives all other sizes.
         dtype: of the weights, float32 or bfloat16.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
 
     Raises:

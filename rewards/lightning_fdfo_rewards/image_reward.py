@@ -39,7 +39,7 @@ class ImageReward(ModelReward):
         revision: of `checkpoint` and `config`: branch, tag or commit on the hub.
         num_heads: attention heads of the image encoder; the checkpoint gives its other sizes.
         dtype: of the weights, float32 or bfloat16; the head is always float32.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
 
     Raises:

@@ -20,7 +20,7 @@ class ModelReward(Reward):
 
     Args:
         dtype: of the weights. bfloat16 halves the memory; the small differences of a pair want float32.
-        batch_size: images a forward; sets memory only.
+        batch_size: images per forward; sets memory only.
         device: where it runs; None: beside the flow.
 
     Raises:

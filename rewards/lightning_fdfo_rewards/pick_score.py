@@ -26,7 +26,7 @@ class PickScore(ModelReward):
         tokenizer: a hub name or a folder.
         revision: of `pretrained`: branch, tag or commit on the hub.
         dtype: of the weights, float32 or bfloat16.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
 
     Raises:

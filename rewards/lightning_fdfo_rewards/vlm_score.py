@@ -36,7 +36,7 @@ class VLMScore(ModelReward):
             Qwen2.5-VL, 32 for Qwen3-VL.
         revision: branch, tag or commit on the hub.
         dtype: of the weights, float32 or bfloat16.
-        batch_size: images a forward.
+        batch_size: images per forward.
         device: where it runs; None: beside the flow.
         shard: spreads the model over all devices that the process sees, layer by layer (accelerate's `device_map`), for
             one that does not fit on `device`. Several processes would each spread theirs over all.

@@ -35,7 +35,7 @@ def test_speed():
     prompts = [f'"{word}"' for word in words]
     specs = {
         "OCR, 32 lines a forward": {"class_path": "OCR"},
-        "OCR, one line a forward": {"class_path": "OCR", "init_args": {"batch_size": 1}},
+        "OCR, one line per forward": {"class_path": "OCR", "init_args": {"batch_size": 1}},
         "OCR with detection": {"class_path": "OCR", "init_args": {"detect": True}},
         "JPEGSize": "JPEGSize",
         "Colorfulness": "Colorfulness",

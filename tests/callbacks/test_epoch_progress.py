@@ -1,4 +1,4 @@
-"""EpochProgress: a line an epoch in a file, bars on a terminal, nothing where it is switched off."""
+"""EpochProgress: a line per epoch in a file, bars on a terminal, nothing where it is switched off."""
 
 import io
 import re

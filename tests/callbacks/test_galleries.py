@@ -81,7 +81,7 @@ def test_a_gallery_every_so_many_epochs_in_the_folder_and_in_loggers(toy_module,
 
 
 def test_pictures_stand_at_a_step_of_numbers_also_after_a_resume(toy_module, fit, tmp_path):
-    """Two updates an epoch: numbers stand at steps 1, 3, 5 and 7, and so does each picture."""
+    """Two updates per epoch: numbers stand at steps 1, 3, 5 and 7, and so does each picture."""
     prompts = tmp_path / "val.txt"
     prompts.write_text("x\ny\nz\n")
     for epochs, ckpt_path in ((2, None), (4, "last")):

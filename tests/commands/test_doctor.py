@@ -44,7 +44,7 @@ def test_a_healthy_run(toy_module, prompts_file, tmp_path):
     assert faults(findings) == []
     text = "\n".join(finding.text for finding in findings)
     assert "5 prompts, each with what its rewards need" in text
-    assert "16 pairs an epoch = 16 a device x 1; 2 updates of 64 points" in text
+    assert "16 pairs per epoch = 16 per device x 1; 2 updates of 64 points" in text
     assert "LoRA of rank 2 bound 2 layers: 182 weights train" in text
     assert "without churn the two latents of a pair differ by at most" in text
     assert "brightness: " in text

@@ -2,7 +2,7 @@
 
     python -m tests.runs.chaos [--kills 20] [--seed 0] [--strategy one]
 
-configs/quickstart.yaml with its own callbacks, reward and model, and 4 pairs an epoch. An undisturbed run first. Then
+configs/quickstart.yaml with its own callbacks, reward and model, and 4 pairs per epoch. An undisturbed run first. Then
 the same one, its process group sent SIGKILL: one life in five while it starts, the others at a random moment of their
 next epochs (sampling, reward, training, writing). After each kill last.ckpt is read, its checksums compared, and the
 run goes on by --ckpt_path last. In the end every tensor and number of last.ckpt, every byte of the exported LoRA, and

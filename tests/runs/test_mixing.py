@@ -19,7 +19,7 @@ SMALL = [
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains with two weights through the command, and returns the logged table: a row an epoch."""
+    """Trains with two weights through the command, and returns the logged table: a row per epoch."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
     rewards = yaml.safe_load((ROOT / "configs/legible_and_small.yaml").read_text())["model"]["rewards"]

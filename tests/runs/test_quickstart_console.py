@@ -43,7 +43,7 @@ def test_each_line_says_one_thing_that_matters(finished):
     means = r"reward \S+, OCR \S+, exact_match \S+"
     expected = [
         r"Rewards: 1 OCR; in validation also exact_match",
-        r"Plan: 4 pairs an epoch .*",
+        r"Plan: 4 pairs per epoch .*",
         r"Folder: runs/quickstart",
         r"Model: tiny-digits \(StableDiffusion3\)",
         r"LoRA of rank 32 on 31 layers",
