@@ -23,7 +23,7 @@ SUMMARIES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; an error that can be mended ends in one line, see commands/exit_code.py.
+    """Runs a command; an error that can be fixed ends in one line, see commands/exit_code.py.
 
     Args:
         arguments: of the command line; None takes the process's.

@@ -69,8 +69,8 @@ def check_finite_weights(weights: Mapping[str, Tensor]) -> None:
     wrong = first_not_finite(weights)
     if wrong is not None:
         raise DivergenceError(
-            f"the trained weights are not finite: {wrong}; nothing is written. Go on from an earlier checkpoint, or "
-            "anew, with a smaller learning rate"
+            f"the trained weights are not finite: {wrong}; nothing is written. Resume from an earlier checkpoint, or "
+            "start from scratch, with a smaller learning rate"
         )
 
 
@@ -93,6 +93,6 @@ def check_finite_checkpoint(tensors: Mapping[str, Tensor], what: str) -> None:
     wrong = first_not_finite(tensors)
     if wrong is not None:
         raise ConfigurationError(
-            f"the checkpoint's {what} cannot be used: {wrong}: its run had diverged; go on from an earlier one by "
+            f"the checkpoint's {what} cannot be used: {wrong}: its run had diverged; resume from an earlier one by "
             "--ckpt_path FILE"
         )

@@ -78,8 +78,8 @@ def out_of_reach(error: BaseException, source: str, revision: str | None, *, wha
         >>> out_of_reach(error, "a/b", None, what="weights a/b", command="hf download a/b")[:58]
         'weights a/b are not in the cache and cannot be fetched (of'
     """
-    reason, cure = _why(error, source, revision)
-    return f"{what} are not in the cache and cannot be fetched ({reason}); {cure}: {command}"
+    reason, hint = _why(error, source, revision)
+    return f"{what} are not in the cache and cannot be fetched ({reason}); {hint}: {command}"
 
 
 def is_hub_error(error: BaseException) -> bool:
@@ -226,11 +226,11 @@ class HubFiles:
             local_only=local_only,
         )
 
-    def _complete(self, folder: Path, cure: str) -> Path:
+    def _complete(self, folder: Path, hint: str) -> Path:
         """The folder, or its single file, with every file there and its digest right."""
         for pattern in (*self.files, *self.sha256):
             if not any(folder.glob(pattern)):
-                raise ConfigurationError(f"weights: {pattern} of {self.source} is missing; {cure}")
+                raise ConfigurationError(f"weights: {pattern} of {self.source} is missing; {hint}")
         for name in self.sha256:
             self._verify(folder / name, name)
         return folder / self.files[0] if self._single else folder

@@ -294,7 +294,7 @@ class FDFOModule(EvaluationSteps):
         """Checks that the checkpoint is this module's, see `check_restored`, and takes the rewards' scales."""
         settings, goes_on = identity(self.seed, self.lora), self.trainer.training
         if not goes_on:
-            settings.pop("seed")  # evaluating with other latents is fine, going on with others is not
+            settings.pop("seed")  # evaluating with other latents is fine, resuming with others is not
         check_restored(checkpoint, self, settings, goes_on=goes_on, path=self.trainer.ckpt_path)
         self.has_trained = True
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))

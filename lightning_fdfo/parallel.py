@@ -31,18 +31,18 @@ def check_strategy(strategy: Any) -> None:
     if isinstance(launcher, _MultiProcessingLauncher):
         raise ConfigurationError(
             f"trainer.strategy: processes by {launcher._start_method} (ddp_spawn, ddp_fork, ddp_notebook) hand back "
-            "what they train by a checkpoint of the whole model, and ours hold what trains; lay configs/ddp.yaml over "
-            "your configuration instead"
+            "what they train by a checkpoint of the whole model, and ours hold what trains; add "
+            "configs/ddp.yaml after your configuration instead"
         )
     if isinstance(strategy, DeepSpeedStrategy):
         raise ConfigurationError(
-            "trainer.strategy: DeepSpeed accumulates and clips by a configuration of its own; lay configs/ddp.yaml, or "
-            "for models that do not fit configs/fsdp2.yaml, over your configuration instead"
+            "trainer.strategy: DeepSpeed accumulates and clips by a configuration of its own; add configs/ddp.yaml, or "
+            "for models that do not fit configs/fsdp2.yaml, after your configuration instead"
         )
     if isinstance(strategy, FSDPStrategy):
         raise ConfigurationError(
             "trainer.strategy: FSDP1 (FSDPStrategy) cannot clip a gradient's norm, and breaks rollouts outside of "
-            "training_step; lay configs/fsdp2.yaml over your configuration instead"
+            "training_step; add configs/fsdp2.yaml after your configuration instead"
         )
     if not isinstance(strategy, ModelParallelStrategy):
         return

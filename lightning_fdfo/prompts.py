@@ -24,7 +24,7 @@ MAX_LINE = 100_000
 MAX_DEPTH = 50
 """Lists and objects within each other in a line of JSON."""
 MAX_DIGITS = 100
-"""Digits of a whole number in JSON."""
+"""Digits of an integer in JSON."""
 
 NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no text holds: control characters but tab and line ends, and halves of a UTF-16 pair."""

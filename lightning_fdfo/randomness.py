@@ -1,6 +1,6 @@
 """Random numbers without state: each is a function of (seed, epoch, global pair index).
 
-So a run is the same on any number of devices and with any rollout batch size, and a resumed run goes on exactly.
+So a run is the same on any number of devices and with any rollout batch size, and a run resumes exactly.
 Numbers are drawn on the CPU, one generator a pair, so that they do not depend on the device either.
 """
 

@@ -154,7 +154,7 @@ class EpochProgress(TQDMProgressBar):
         means = trainer.callback_metrics
         numbers = ", ".join(f"{name[4:]} {means[name].item():.4g}" for name in means if name.startswith("val/"))
         if trainer.sanity_checking:
-            self._say(f"validation before {'going on' if trainer.global_step else 'training'}: {numbers}")
+            self._say(f"validation before {'resuming' if trainer.global_step else 'training'}: {numbers}")
         elif self.is_enabled:
             self._say(f"validation after epoch {trainer.current_epoch + 1}: {numbers}")
         else:

@@ -59,7 +59,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
             raise ConfigurationError(
                 f"checkpoint {target} cannot be written: {reason}; it needs about "
                 f"{format_bytes(num_bytes(checkpoint))}, and {_free(target.parent)} are free there. "
-                f"Earlier checkpoints are complete: make room, then go on by "
+                f"Earlier checkpoints are complete: make room, then resume by "
                 "--ckpt_path last"
             ) from error
 
@@ -144,9 +144,9 @@ def _check_archive(file: Path) -> None:
 
 
 def _refused(file: Path, reason: str) -> ConfigurationError:
-    """With the newest other checkpoints of the folder as a cure."""
+    """With the newest other checkpoints of the folder as a hint."""
     others = [other for other in file.parent.glob("*.ckpt") if other.is_file() and other.name != file.name]
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
     named = ", ".join(other.name for other in others[:MAX_NAMED])
-    cure = f"go on from another one in its folder by --ckpt_path FILE: {named}" if named else "there is none beside it"
-    return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {cure}")
+    hint = f"resume from another one in its folder by --ckpt_path FILE: {named}" if named else "there is none beside it"
+    return ConfigurationError(f"checkpoint {file} cannot be loaded: {reason}; {hint}")

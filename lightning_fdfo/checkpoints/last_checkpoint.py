@@ -22,7 +22,7 @@ class LastCheckpoint(Checkpoint):
 
     `FDFOModule` brings it to every `fit` whose trainer has checkpoints enabled, the command and plain Python alike.
     It is written after all other work of an epoch's end: what the epoch has logged and the checkpoints that are kept
-    are on disk before it. An epoch that is cut short is not written: from its middle no run goes on exactly, for its
+    are on disk before it. An epoch that is cut short is not written: from its middle no run resumes exactly, for its
     rollout is gone.
 
     Lightning's `ModelCheckpoint(save_top_k=0, save_last=True)` cannot take its place: it writes when `fit` ends. A
@@ -49,7 +49,7 @@ class LastCheckpoint(Checkpoint):
                 _settle(callback, trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at what is there, once Lightning says what the run goes on from."""
+        """Looks at what is there, once Lightning says what the run resumes from."""
         file = last_file(trainer.default_root_dir)
         if self.last_model_path or trainer.fast_dev_run:  # type: ignore[attr-defined]  # this trainer's own
             return
@@ -61,7 +61,7 @@ class LastCheckpoint(Checkpoint):
             self._gone_on_from = trainer.ckpt_path
             planned = trainer.max_epochs
             rest = "" if done != planned else ", which are all: a higher trainer.max_epochs trains longer"
-            rank_zero_info(f"Going on from {trainer.ckpt_path}: {done} of {planned} epochs are done{rest}")
+            rank_zero_info(f"Resuming from {trainer.ckpt_path}: {done} of {planned} epochs are done{rest}")
         if Path(trainer.ckpt_path).resolve() == file.resolve():
             self.last_model_path = self.best_model_path = str(file)
             self.num_epochs = done
@@ -91,13 +91,13 @@ def last_file(folder: str | Path) -> Path:
 
 
 def find_last(folder: str | Path) -> Path | None:
-    """The checkpoint that a run in a folder goes on from: what `--ckpt_path last` means.
+    """The checkpoint that a run in a folder resumes from: what `--ckpt_path last` means.
 
     Args:
         folder: the run's, the trainer's `default_root_dir`.
 
     Returns:
-        The file; None if no checkpoint has been written yet, so that the run begins anew.
+        The file; None if no checkpoint has been written yet, so that the run starts from scratch.
 
     Raises:
         ConfigurationError: last.ckpt is gone, but other checkpoints are there; the message names them.
@@ -115,8 +115,8 @@ def find_last(folder: str | Path) -> Path | None:
     named = ", ".join(str(path.relative_to(file.parent)) for path in others[: -MAX_NAMED - 1 : -1])
     more = f" and {len(others) - MAX_NAMED} older ones" if len(others) > MAX_NAMED else ""
     raise ConfigurationError(
-        f"--ckpt_path last: {file.parent} holds no {LAST}, but {named}{more}: go on from one by --ckpt_path "
-        f"{others[-1]}, or begin anew in another folder by --trainer.default_root_dir FOLDER"
+        f"--ckpt_path last: {file.parent} holds no {LAST}, but {named}{more}: resume from one by --ckpt_path "
+        f"{others[-1]}, or start from scratch in another folder by --trainer.default_root_dir FOLDER"
     )
 
 
@@ -136,5 +136,5 @@ def _settle(callback: ModelCheckpoint, trainer: Trainer) -> None:
     if callback._every_n_train_steps or callback._train_time_interval is not None or callback.save_on_exception:
         rank_zero_info(
             "ModelCheckpoint: every_n_train_steps, train_time_interval and save_on_exception write in the middle of an "
-            f"epoch, from where no run goes on exactly: its rollout is gone; go on from {file}"
+            f"epoch, from where no run resumes exactly: its rollout is gone; resume from {file}"
         )

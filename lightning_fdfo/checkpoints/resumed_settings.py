@@ -46,7 +46,7 @@ class ResumedSettings(Callback):
         self._resumed = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compares, where a fit goes on; Lightning restores schedulers after this, with every strategy.
+        """Compares, where a fit resumes; Lightning restores schedulers after this, with every strategy.
 
         Raises:
             ConfigurationError: the checkpoint is of another optimiser.

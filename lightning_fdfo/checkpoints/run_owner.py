@@ -28,7 +28,7 @@ from lightning_fdfo.files import PARTIALS, write_text
 
 LOCK = ".lock"
 """Held while a process trains into the folder."""
-CURE = "choose another folder by --trainer.default_root_dir FOLDER"
+HINT = "choose another folder by --trainer.default_root_dir FOLDER"
 MARK = "run.json"
 """In each folder that a run has been started in: which process, on which machine, since when."""
 HELD = (MARK, "checkpoints/*.ckpt", "lora/*.safetensors")
@@ -41,7 +41,7 @@ class RunOwner(Callback):
     """Claims the run's folder (`default_root_dir`) for a `fit`, and refuses one that is taken.
 
     A folder is taken while another process trains into it, on this machine or on one that shares its disk; and for
-    good once it holds a run, unless the run is gone on with by a `ckpt_path` inside it. With `fast_dev_run` nothing is
+    good once it holds a run, unless the run is resumed by a `ckpt_path` inside it. With `fast_dev_run` nothing is
     claimed, no checkpoint is written, and what callbacks write goes to a temporary folder (`trial_folder`).
 
     `FDFOModule.configure_callbacks` adds it to every trainer. A `fit` without checkpoints, and without a callback that
@@ -51,9 +51,9 @@ class RunOwner(Callback):
     def __init__(self) -> None:
         self._lock: FileLock | None = None
         self._begun: Path | None = None
-        """The folder that this trainer has begun a run in: its next `fit` may go on there."""
+        """The folder that this trainer has begun a run in: its next `fit` may resume there."""
         self.begins_anew = False
-        """Whether the command was asked to go on, and no checkpoint has been written yet."""
+        """Whether the command was asked to resume, and no checkpoint has been written yet."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Claims the folder, if anything will be written; raises ConfigurationError on all processes if it is taken."""
@@ -88,11 +88,11 @@ class RunOwner(Callback):
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigurationError(
-                f"{folder}: {_holder(folder)} trains into it: wait for its end, or {CURE}"
+                f"{folder}: {_holder(folder)} trains into it: wait for its end, or {HINT}"
             ) from error
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigurationError(f"{folder} cannot be written: {reason}; {CURE}") from error
+            raise ConfigurationError(f"{folder} cannot be written: {reason}; {HINT}") from error
         self._lock = lock
         with suppress(OSError):  # a system that locks a file's content has no room for it
             (folder / LOCK).write_text(_this_process(), encoding="utf-8")
@@ -102,11 +102,11 @@ class RunOwner(Callback):
         return True
 
     def check_new(self, folder: Path, ckpt_path: str | Path | None, trainer: Trainer | None = None) -> None:
-        """Refuses a folder that holds a run which is not gone on with, and lets it go.
+        """Refuses a folder that holds a run which is not resumed, and lets it go.
 
         Args:
             folder: claimed.
-            ckpt_path: what the run goes on from, if anything; a checkpoint of this folder's own run lies inside it, or
+            ckpt_path: what the run resumes from, if anything; a checkpoint of this folder's own run lies inside it, or
                 where a checkpoint callback of the trainer writes.
             trainer: of the run.
 
@@ -122,8 +122,8 @@ class RunOwner(Callback):
         if held and not goes_on and not self.begins_anew and self._begun != folder:
             self.release()
             raise ConfigurationError(
-                f"{folder} holds a run already: go on with it by --ckpt_path last (in Python by "
-                f'ckpt_path="{folder}/checkpoints/last.ckpt"), or {CURE}'
+                f"{folder} holds a run already: resume it by --ckpt_path last (in Python by "
+                f'ckpt_path="{folder}/checkpoints/last.ckpt"), or {HINT}'
             )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,7 +138,7 @@ class RunOwner(Callback):
         """Marks a claimed folder: here, where Lightning knows `ckpt_path`, and a run that cannot start leaves no mark.
 
         Raises:
-            ConfigurationError: the folder holds a run that is not gone on with.
+            ConfigurationError: the folder holds a run that is not resumed.
         """
         folder = Path(trainer.default_root_dir)
         if self._lock is None or self._begun == folder:

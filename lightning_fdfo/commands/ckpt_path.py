@@ -63,7 +63,7 @@ def _from_hub(name: str) -> Path:
 
 
 def check_ckpt_path(ckpt_path: str | None) -> None:
-    """Raises ConfigurationError for what `fit` cannot go on from: no file, or a LoRA."""
+    """Raises ConfigurationError for what `fit` cannot resume from: no file, or a LoRA."""
     if ckpt_path and ckpt_path != "last" and not Path(ckpt_path).is_file():
         raise ConfigurationError(f"--ckpt_path: expected a file, or last, got {ckpt_path}")
     if str(ckpt_path).endswith(".safetensors"):
@@ -73,7 +73,7 @@ def check_ckpt_path(ckpt_path: str | None) -> None:
 
 
 def find_last_checkpoint(folder: Path, command: str) -> Path | None:
-    """What `--ckpt_path last` names; None if `fit` begins anew, for the run has no checkpoint yet, which is logged.
+    """What `--ckpt_path last` names; None, which is logged, if the run has no checkpoint yet.
 
     Args:
         folder: the run's.
@@ -90,8 +90,8 @@ def find_last_checkpoint(folder: Path, command: str) -> Path | None:
         )
     if file is None and not any((folder / name).exists() for name in (MARK, RECORD)):
         raise ConfigurationError(
-            f"--ckpt_path last: {folder} holds no run to go on with; leave --ckpt_path out to begin one"
+            f"--ckpt_path last: {folder} holds no run to resume; leave --ckpt_path out to begin one"
         )
     if file is None:
-        rank_zero_info(f"The run in {folder} was ended before its first checkpoint: it begins anew, from epoch 0")
+        rank_zero_info(f"The run in {folder} was ended before its first checkpoint: it starts again from epoch 0")
     return file

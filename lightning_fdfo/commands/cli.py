@@ -91,7 +91,7 @@ class FDFOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Finds what `--ckpt_path` names, and relative paths.
 
-        A job that SLURM has queued anew goes on with its run, by the command that it was started with.
+        A job that SLURM has queued again resumes its run, by the command that it was started with.
 
         Raises:
             ConfigurationError: there is no such thing.
@@ -111,7 +111,7 @@ class FDFOCLI(LightningCLI):
         check_ckpt_path(ckpt_path)
         folder = Path(config.trainer.default_root_dir or ".")
         if not ckpt_path and is_requeued() and (folder / RECORD).exists():
-            rank_zero_info(f"SLURM has queued this job anew: it goes on with the run in {folder}")
+            rank_zero_info(f"SLURM has queued this job again: it resumes the run in {folder}")
             config.ckpt_path = "last"
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -217,12 +217,12 @@ def own_callbacks(command: str | None, trainer: Mapping[str, Any]) -> Iterator[C
 
 @exit_code.error_report.register
 def _misconfiguration(error: MisconfigurationException) -> exit_code.ErrorReport:
-    """What Lightning raises for settings that the user can mend."""
+    """What Lightning raises for settings that the user can fix."""
     return exit_code.ErrorReport(exit_code.one_line(error))
 
 
 def main(run: Callable[[], Any] = FDFOCLI) -> Any:
-    """Runs the process's arguments; errors that the user can mend end in one line and exit code 2, see exit_code.py.
+    """Runs the process's arguments; errors that the user can fix end in one line and exit code 2, see exit_code.py.
 
     Args:
         run: the command; without it, what the process's arguments name.

@@ -70,7 +70,7 @@ class DoctorCLI(FDFOCLI):
         return self._examining_only(super().instantiate_trainer(**options | on_cpu))
 
     def _examining_only(self, trainer: Trainer) -> Trainer:
-        """Takes off what the command line adds for a run: it would claim the run's folder, or queue a job anew."""
+        """Takes off what the command line adds for a run: it would claim the run's folder, or queue a job again."""
         trainer.callbacks = [one for one in trainer.callbacks if one is self.examination or not _is_ours(one)]  # type: ignore[attr-defined]
         return trainer
 

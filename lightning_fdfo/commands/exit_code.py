@@ -1,6 +1,6 @@
 """From an error to what is printed and the exit code, for all commands.
 
-An error that somebody can mend is one line. What is not registered here is a bug, and keeps its traceback. A module
+An error that somebody can fix is one line. What is not registered here is a bug, and keeps its traceback. A module
 that imports a heavy library registers that library's errors by itself, so that light commands stay light.
 """
 
@@ -26,7 +26,7 @@ class ErrorReport(NamedTuple):
     text: str
     """For standard error; see `one_line`."""
     code: int = 2
-    """Of the process: 2 for what the user can mend before a run, other numbers for what ended one; 3 for a reward."""
+    """Of the process: 2 for what the user can fix before a run, other numbers for what ended one; 3 for a reward."""
     from_every_process: bool = False
     """True if perhaps one process alone has failed; False if all fail alike, and the first one speaks for them."""
 

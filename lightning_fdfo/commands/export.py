@@ -24,7 +24,7 @@ PICTURES = ("before.png", "after.png")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs `lightning-fdfo export …`; raises ConfigurationError for what the user can mend."""
+    """Runs `lightning-fdfo export …`; raises ConfigurationError for what the user can fix."""
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
     run_function(export, "lightning-fdfo export", arguments)

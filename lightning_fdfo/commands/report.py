@@ -16,7 +16,7 @@ GENERATOR = 'name="generator" content="lightning-fdfo report"'
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs `lightning-fdfo report …`; raises ConfigurationError for what the user can mend."""
+    """Runs `lightning-fdfo report …`; raises ConfigurationError for what the user can fix."""
     path = run_function(write_report, "lightning-fdfo report", arguments)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 

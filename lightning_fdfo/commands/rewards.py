@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0; 1 if a check failed.
 
     Raises:
-        ConfigurationError, RewardError: what the user or a plugin's author can mend.
+        ConfigurationError, RewardError: what the user or a plugin's author can fix.
     """
     word, prog = next(iter(arguments), ""), "lightning-fdfo rewards"
     if word == "score":

@@ -24,7 +24,7 @@ class RunRecord(SaveConfigCallback):
     """Writes the resolved configuration into the run's folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises ConfigurationError for a checkpoint that is not there, or from which no run can go on."""
+        """Raises ConfigurationError for a checkpoint that is not there, or from which no run can resume."""
         record = Path(trainer.default_root_dir) / self.config_filename
         ckpt_path = self.config.get("ckpt_path")
         if self.config.get("weights_only") is False:

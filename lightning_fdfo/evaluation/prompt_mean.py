@@ -63,7 +63,7 @@ def sum_by_prompt(prompts: Tensor, values: Tensor) -> Tensor:
 class PromptMean(Metric):
     """`prompt_mean` over batches and devices: `update(prompts [N], values [N, K], counted [N, K])`, then `compute()`.
 
-    Values are float64, and wait on the device as whole numbers of the same bits: not every device has float64.
+    Values are float64, and wait on the device as integers of the same bits: not every device has float64.
     """
 
     full_state_update = False

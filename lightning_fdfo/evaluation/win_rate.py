@@ -51,7 +51,7 @@ def win_rate(
 
         rate = (wins + ties / 2) / images
 
-    Prompts are drawn anew with all their images: the images of one prompt are not independent.
+    Prompts are drawn again with all their images: the images of one prompt are not independent.
 
     Args:
         prompts: [N], the number of each image's prompt.

@@ -203,6 +203,6 @@ class PipelineSource:
         if on_hub and is_hub_error(error):
             what = f"flow.pretrained: {self.pretrained}: its files"
             return out_of_reach(error, self.pretrained, self.revision, what=what, command=command)
-        cure = f"fetch it by: {command}" if on_hub else "download or save it again, all of it"
+        hint = f"fetch it by: {command}" if on_hub else "download or save it again, all of it"
         why = " ".join(str(error).split()).split(" If you want")[0]  # diffusers' advice to load it nevertheless
-        return f"flow.pretrained: {self.pretrained} is no model that can be read: {why}; {cure}"
+        return f"flow.pretrained: {self.pretrained} is no model that can be read: {why}; {hint}"

@@ -55,7 +55,7 @@ class FlowFamily(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in cls.__dict__.get("pipeline_classes", ()):  # an heir does not take its parent's place
+        for name in cls.__dict__.get("pipeline_classes", ()):  # a subclass does not take its parent's place
             FlowFamily.registered[name] = cls
 
     def __new__(cls, *args: Any, **options: Any) -> FlowFamily:

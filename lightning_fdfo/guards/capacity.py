@@ -1,6 +1,6 @@
 """Whether a run can fit: what it certainly needs, against the memory that is available.
 
-    CPU's memory = an epoch's rollout at rest, of each process of this machine
+    CPU's memory = an epoch's stored rollout, of each process of this machine
     device       = weights, what trains, and the larger of a rollout's chunk and a training batch
 
 Only what is certain is refused: activations, the rewards' models and the allocator's slack come on top. What is likely
@@ -63,7 +63,7 @@ def check_fits(module: TrainingModule, stage: str) -> None:
 
 
 def check_capacity(module: TrainingModule, transformer: nn.Module, fit: bool = True) -> None:
-    """Refuses a run that cannot fit, before it works for ever or is killed; warns of one that may not.
+    """Refuses a run that cannot fit, before it works without end or is killed; warns of one that may not.
 
     Args:
         module: attached to a trainer; its flow's `latent_shape` works.

@@ -42,7 +42,7 @@ class FiniteWeights(Callback):
         self._point = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes where the run begins, or goes on."""
+        """Notes where the run begins, or resumes."""
         self._step = trainer.global_step
 
     def on_train_batch_end(

@@ -76,7 +76,7 @@ def activation_bytes(
 
 
 def rollout_bytes(pairs: int, num_steps: int, latent_numel: int, conditioning_bytes: int) -> int:
-    """An epoch's rollout at rest on the CPU, all latents and velocities of both branches in float32.
+    """An epoch's rollout as stored on the CPU, all latents and velocities of both branches in float32.
 
         2 pairs * (2 num_steps + 1) * latent_numel * 4 + pairs * conditioning_bytes
 

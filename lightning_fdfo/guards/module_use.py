@@ -70,7 +70,7 @@ def report_start(has_trained: bool, ckpt_path: object) -> None:
     if has_trained and ckpt_path is None:
         rank_zero_info(
             "This fit begins from weights that an earlier fit or checkpoint has left in the module, with a new "
-            "optimizer; to go on exactly give ckpt_path, to begin anew build a new FDFOModule"
+            "optimizer; to resume exactly give ckpt_path, to start from scratch build a new FDFOModule"
         )
 
 

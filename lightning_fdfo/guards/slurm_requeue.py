@@ -16,7 +16,7 @@ class SLURMRequeue(Callback):
     """Calls `scontrol requeue` on SLURM's warning (SIGUSR1, by `#SBATCH --signal=SIGUSR1@90`), and writes nothing.
 
     It takes the place of Lightning's own handler, which also writes a checkpoint, wherever the run is. From the middle
-    of an epoch no run goes on exactly: its rollout was made with weights that are gone. The last complete epoch is on
+    of an epoch no run resumes exactly: its rollout was made with weights that are gone. The last complete epoch is on
     disk already. The requeued job runs the same command, and `lightning-fdfo fit` resumes there (`is_requeued`).
 
     SLURM ends the requeued job by SIGTERM, on which `StopOnSignal` stops after the current batch or update. Outside of
@@ -61,7 +61,7 @@ def _requeue(trainer: Trainer) -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    rank_zero_info(f"SLURM is about to end job {job}: it is requeued, and goes on from its last complete epoch")
+    rank_zero_info(f"SLURM is about to end job {job}: it is requeued, and resumes from its last complete epoch")
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -29,15 +29,15 @@ PATIENCE = 10.0
 class StopOnSignal(Callback):
     """Ends `fit` after the current batch of a rollout or of a validation, or the current update, on ctrl-C or SIGTERM.
 
-    Nothing is written then: from the middle of an epoch no run goes on exactly. One sentence says what
-    `LastCheckpoint` has saved and which command goes on; the process exits with 130 for ctrl-C and 143 for SIGTERM. A
+    Nothing is written then: from the middle of an epoch no run resumes exactly. One sentence says what
+    `LastCheckpoint` has saved and which command resumes; the process exits with 130 for ctrl-C and 143 for SIGTERM. A
     second ctrl-C ends it at once. On several processes all stop at the same place, whichever of them was asked.
 
     It takes the place of Lightning's own handlers, which end with exit code 0 or 1 and do not look between the batches
     of a rollout. `FDFOModule` brings it to every `fit`.
 
     Args:
-        command: that goes on with the run; None says it in Python.
+        command: that resumes the run; None says it in Python.
     """
 
     def __init__(self, command: str | None = None) -> None:
@@ -86,18 +86,18 @@ class StopOnSignal(Callback):
         raise StoppedError(0 if started and not trainer.is_global_zero else 128 + (self.asked or signal.SIGTERM))
 
     def outcome(self, trainer: Trainer) -> str:
-        """One sentence: what is saved, and how the run goes on."""
+        """One sentence: what is saved, and how the run resumes."""
         by = NAMES[self.asked or signal.SIGTERM]
         last = next((one for one in trainer.callbacks if isinstance(one, LastCheckpoint)), None)  # type: ignore[attr-defined]
         if last is None:
             return f"Stopped by {by}: nothing is saved, for checkpoints are switched off."
         if not last.num_epochs:
-            again = f": begin anew by {self.command}" if self.command else ""
+            again = f": start again by {self.command}" if self.command else ""
             return f"Stopped by {by}: no epoch has ended, so nothing is saved yet{again}"
         go_on = self.command or f"trainer.fit(module, data, ckpt_path={last.last_model_path!r})"
         return (
             f"Stopped by {by}: {last.last_model_path} holds {last.num_epochs} of {trainer.max_epochs} epochs; "
-            f"go on by {go_on}"
+            f"resume by {go_on}"
         )
 
     def _ask(self, trainer: Trainer, number: signal.Signals) -> None:
@@ -154,7 +154,7 @@ def ends_together(trainer: Trainer) -> Iterator[None]:
 
 
 def resuming_command(program: str, words: Sequence[str]) -> str:
-    """The command that goes on with a run, given the one that has started it.
+    """The command that resumes a run, given the one that has started it.
 
     Args:
         program: the first word, as the process sees it.

@@ -28,7 +28,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.rollout.plan import BatchPlan
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Of the trainer's: those in which latents at rest, sigma and the objective stay float32."""
+"""Of the trainer's: those in which stored latents, sigma and the objective stay float32."""
 _AVERAGES = "it copies the frozen weights too, and its checkpoints hold the average in place of the weights"
 REFUSED: Mapping[type[Callback], str] = {
     GradientAccumulationScheduler: "the accumulation follows from model.batching, "
@@ -75,7 +75,7 @@ def check_epoch(trainer: Trainer, plan: BatchPlan) -> None:
     overfit: float = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit:
         raise ConfigurationError(
-            f"trainer.overfit_batches={overfit}: an epoch's batches are rolled out anew, so that none "
+            f"trainer.overfit_batches={overfit}: an epoch's batches are rolled out again, so that none "
             "can be kept; to overfit, give data.train a file of few prompts"
         )
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it sets what follows, and says that it only tries
@@ -90,7 +90,7 @@ def check_epoch(trainer: Trainer, plan: BatchPlan) -> None:
     if trainer.max_steps != -1:
         epochs = math.ceil(trainer.max_steps / plan.updates_per_epoch)
         raise ConfigurationError(
-            f"trainer.max_steps={trainer.max_steps}: a run that stops within an epoch cannot go on exactly; "
+            f"trainer.max_steps={trainer.max_steps}: a run that stops within an epoch cannot resume exactly; "
             f"an epoch is {plan.updates_per_epoch} updates: set trainer.max_epochs={epochs}"
         )
     interval = getattr(trainer, "val_check_interval", None)  # none where it is a time
@@ -144,7 +144,7 @@ def stop_between_epochs(trainer: Trainer) -> None:
     """Lets `trainer.max_time`, and any Timer, end the run after the epoch in which the time is up.
 
     Within an epoch, where a Timer stops by default, the weights and the rollout that they learn from have parted, and a
-    run cannot go on exactly.
+    run cannot resume exactly.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer):

@@ -145,7 +145,7 @@ class RewardService:
             raise RefusalError(
                 409,
                 f"this server's {self.description.reward} is not the reward that was asked for at first: "
-                "it was started anew with another one, other options or another version",
+                "it was started again with another one, other options or another version",
             )
 
 

@@ -22,7 +22,7 @@ class Reward(ABC):
 
     `__init__` stores options, as public attributes, and imports nothing heavy. `setup` loads what they name, once, into
     attributes that start with an underscore. So a reward pickles by its configuration: underscored attributes are left
-    out, and the copy is set up anew where it arrives. `lightning_fdfo.testing.check_reward` checks all of it.
+    out, and the copy is set up again where it arrives. `lightning_fdfo.testing.check_reward` checks all of it.
 
     Example:
         >>> class Brightness(Reward):
@@ -91,7 +91,7 @@ class Reward(ABC):
 
         Returns:
             [N], finite real numbers within float32's range, on the images' device or the CPU. float64 is kept until a
-            pair's scores are subtracted; whole numbers and bool (as 0 and 1) count as numbers, complex ones do not.
+            pair's scores are subtracted; integers and bool (as 0 and 1) count as numbers, complex ones do not.
         """
 
     def __setstate__(self, state: dict[str, Any]) -> None:

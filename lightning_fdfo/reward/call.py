@@ -85,7 +85,7 @@ def own_metadata(metadata: Metadata) -> Metadata:
 def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[None]:
     """Around foreign code: reports long waits, and turns whatever it raises into a RewardError with its name.
 
-    KeyboardInterrupt, StoppedError, and what the user can mend, pass.
+    KeyboardInterrupt, StoppedError, and what the user can fix, pass.
 
     Args:
         name: of the term.
@@ -139,9 +139,9 @@ def _dtype(values: Tensor) -> str:
 
 
 def _failure(name: str, reward: Reward, what: str) -> RewardError:
-    """Names the reward, its distribution, what happened, and the cure."""
-    cure = f"`{check_command(reward)}` shows what a reward must do"
-    return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {cure}")
+    """Names the reward, its distribution, what happened, and a hint."""
+    hint = f"`{check_command(reward)}` shows what a reward must do"
+    return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {hint}")
 
 
 def _missing(name: str, reward: Reward, error: ModuleNotFoundError) -> str:

@@ -121,10 +121,10 @@ def distribution_name(entry: EntryPoint) -> str:
 def _not_importable(name: str, entry: EntryPoint | None, error: BaseException) -> str:
     """The message for a plugin, or a dotted path, that cannot be imported."""
     origin = "" if entry is None else f" of {distribution_name(entry)}"
-    cure = "check the path, and that it imports" if entry is None else "update or uninstall that distribution"
+    hint = "check the path, and that it imports" if entry is None else "update or uninstall that distribution"
     if isinstance(error, ModuleNotFoundError) and not f"{name}.".startswith(f"{error.name}."):
-        cure = f"pip install {str(error.name).partition('.')[0]}"
-    return f"reward {name!r}{origin} cannot be imported: {error!r}; {cure}"
+        hint = f"pip install {str(error.name).partition('.')[0]}"
+    return f"reward {name!r}{origin} cannot be imported: {error!r}; {hint}"
 
 
 def _unknown(name: str) -> str:

@@ -36,7 +36,7 @@ class RewardScorer:
     Args:
         rewards: name -> reward.
         devices: name -> where it runs; None takes the reward's own, else that of `setup`.
-        time_limits: name -> seconds for scoring a batch; None, or not named: for ever.
+        time_limits: name -> seconds for scoring a batch; None, or not named: no limit.
     """
 
     def __init__(

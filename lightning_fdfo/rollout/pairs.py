@@ -3,7 +3,7 @@
     conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> scores
 
 Legend: P pairs on this device, 2P branches, T steps, `...` a latent's own axes.
-Everything at rest lies on the CPU in float32. Nothing here keeps state between epochs.
+Everything that is stored lies on the CPU in float32. Nothing here keeps state between epochs.
 """
 
 from __future__ import annotations

@@ -79,14 +79,14 @@ def gather(
         rollout: this device's pairs.
         endpoint_difference: their half differences of the final latents.
         num_pairs: P.
-        all_sum: sums a tensor of whole numbers over devices; the identity on one.
+        all_sum: sums a tensor of integers over devices; the identity on one.
     """
     distance = endpoint_difference.flatten(1).pow(2).mean(dim=1)
     columns = [*(column for one in rollout.scores.values() for column in one), *rollout.statistics.values(), distance]
     own = torch.stack([column.double() for column in columns])
     everywhere = torch.zeros(len(own), 2 * num_pairs, dtype=torch.float64)
     everywhere[:, own_rows(rollout.pairs)] += own  # each row is one device's, to which the others add 0
-    # As whole numbers, their bits cross devices that have no float64, and a sum with 0 keeps each of them.
+    # As integers, their bits cross devices that have no float64, and a sum with 0 keeps each of them.
     summed = all_sum(everywhere.view(torch.int64)).view(torch.float64)
     gathered = iter([values.to(column.dtype) for values, column in zip(summed, columns, strict=True)])
     return GatheredScores(

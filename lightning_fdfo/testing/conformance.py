@@ -22,7 +22,7 @@ class Result(NamedTuple):
     check: str
     """what is asked, in words"""
     problem: str | None
-    """what came instead, and the cure; None if it passed"""
+    """what came instead, and the hint; None if it passed"""
 
 
 def examine(checks: Sequence[Check], sample: Any) -> Iterator[Result]:

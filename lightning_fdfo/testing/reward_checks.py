@@ -193,8 +193,8 @@ def _leaves_its_arguments(sample: Sample) -> str | None:
         "metadata": metadata == [dict(row) for row in sample.metadata],
     }
     changed = [name for name, kept in same.items() if not kept]
-    cure = "work on a copy: a mixture hands it one, other callers may not"
-    return f"it changed the {' and '.join(changed)}; {cure}" if changed else None
+    hint = "work on a copy: a mixture hands it one, other callers may not"
+    return f"it changed the {' and '.join(changed)}; {hint}" if changed else None
 
 
 def _global_generators() -> bytes:
@@ -230,7 +230,7 @@ def _pickles_by_configuration(sample: Sample) -> str | None:
     copy = pickle.loads(pickled)
     copy.setup(sample.device)
     scores = replace(sample, reward=copy).score()
-    return None if torch.equal(scores, sample.score()) else "a copy that was set up anew gives other scores"
+    return None if torch.equal(scores, sample.score()) else "a copy that was set up again gives other scores"
 
 
 CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (

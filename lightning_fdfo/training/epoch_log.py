@@ -32,7 +32,7 @@ class EpochLog:
         if trainer.training:
             self._names.update(values)
         devices = trainer.world_size
-        # Lightning divides the number of images by that of devices, in whole numbers: made divisible, it loses nothing.
+        # Lightning divides the number of images by that of devices, in integers: made divisible, it loses nothing.
         module.log_dict(
             dict(values),
             logger=False if trainer.training else None,

@@ -2,7 +2,7 @@
 
 On a resume an optimiser's settings (learning rate, betas, weight decay, …) are the checkpoint's, as its moments are;
 those that the command line names are the configuration's. A scheduler's state is the checkpoint's, too. It is computed
-anew, from the first step to the current one, where the learning rate or the scheduler has changed.
+again, from the first step to the current one, where the learning rate or the scheduler has changed.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ResumedOptimizer:
     Args:
         groups: the settings that count, a dictionary a group.
         changed: names of those that are not the checkpoint's.
-        replays: whether the scheduler is computed anew.
+        replays: whether the scheduler is computed again.
         replaces: whether it is of another class than the checkpoint's, whose state it cannot take.
         lines: what is reported, a line a setting.
     """
@@ -192,8 +192,9 @@ def check_same(record: Mapping[str, Any], checkpoint: Mapping[str, Any], optimiz
         has = wants if names == needed else f"one with the settings {', '.join(sorted(map(str, names)))}"
     if has not in (None, wants):
         raise ConfigurationError(
-            f"the checkpoint's optimizer is {short(has)}, the configuration's {short(wants)}, which cannot go on from "
-            "its state: set model.optimizer as it was, or start anew from the exported LoRA, --model.lora.init_lora"
+            f"the checkpoint's optimizer is {short(has)}, the configuration's {short(wants)}, which cannot continue "
+            "from its state: set model.optimizer as it was, or start again from the exported LoRA by "
+            "--model.lora.init_lora"
         )
 
 

@@ -60,7 +60,7 @@ def build_scheduler(make: Callable[[Optimizer], Any], optimizer: Optimizer) -> L
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ConfigurationError(
             "model.lr_scheduler: ReduceLROnPlateau follows a measured number, which is known only after an epoch's "
-            "checkpoint is written, so that a run could not go on exactly; use one that counts updates, "
+            "checkpoint is written, so that a run could not resume exactly; use one that counts updates, "
             "CosineAnnealingLR say"
         )
     return scheduler

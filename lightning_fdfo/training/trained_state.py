@@ -98,14 +98,14 @@ def check_restored(
 
 
 def check_complete(checkpoint: Mapping[str, Any], path: object) -> None:
-    """Raises ConfigurationError for a checkpoint from which no run can go on: it holds weights and no optimiser.
+    """Raises ConfigurationError for a checkpoint from which no run can resume: it holds weights and no optimiser.
 
     Example:
         >>> check_complete({"state_dict": {}, "optimizer_states": []}, "a.ckpt")
     """
     if "optimizer_states" not in checkpoint:
         raise ConfigurationError(
-            f"checkpoint {path} holds weights only, as save_weights_only writes them, and fit cannot go on from it; "
+            f"checkpoint {path} holds weights only, as save_weights_only writes them, and fit cannot resume from it; "
             "validate, test and predict take it, and a new run begins with a LoRA's file by --model.lora.init_lora"
         )
 

@@ -81,6 +81,6 @@ def recovery(trainer: Trainer) -> str:
     paths = [getattr(one, name, "") for name in ("last_model_path", "best_model_path") for one in callbacks]
     last = next(filter(None, paths), "")
     return (
-        f"go on from {last or 'an earlier checkpoint'} with a smaller learning rate, or look at the rewards of the "
+        f"resume from {last or 'an earlier checkpoint'} with a smaller learning rate, or look at the rewards of the "
         "last epochs"
     )

@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_counts_from_where_it_stopped(toy_module, fit, prompt
     capsys.readouterr()
     fit(toy_module(), 3, "last", callbacks=[EpochProgress(), checkpoints()], **saving)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["validation before going on", "epoch 3/3"]
+    assert [line.split(":")[0] for line in lines] == ["validation before resuming", "epoch 3/3"]
 
 
 def test_a_stop_leaves_the_line_to_what_is_said_of_it(toy_module, fit, prompts, monkeypatch):

@@ -93,8 +93,8 @@ def test_one_trainer_fits_twice(toy_module, fit, tmp_path):
         ({"dirpath": "c", "every_n_epochs": 2, "save_last": True}, "c/last.ckpt is not written at every epoch's end"),
         ({"dirpath": "c", "save_last": True, "save_on_train_epoch_end": True}, ""),
         ({"save_top_k": 0}, ""),
-        ({"dirpath": "c", "save_on_exception": True}, "in the middle of an epoch, from where no run goes on exactly"),
-        ({"dirpath": "c", "every_n_train_steps": 3}, "in the middle of an epoch, from where no run goes on exactly"),
+        ({"dirpath": "c", "save_on_exception": True}, "in the middle of an epoch, from where no run resumes exactly"),
+        ({"dirpath": "c", "every_n_train_steps": 3}, "in the middle of an epoch, from where no run resumes exactly"),
     ],
 )
 def test_lightnings_own_last_cannot_be_in_its_way(toy_module, fit, tmp_path, caplog, options, said):
@@ -133,8 +133,8 @@ def test_what_last_means(tmp_path):
     with pytest.raises(ConfigurationError) as error:
         find_last(tmp_path)
     assert f"--ckpt_path last: {folder} holds no last.ckpt, but epoch=79.ckpt, " in str(error.value)
-    assert "epoch=39.ckpt and 3 older ones: go on from one by --ckpt_path " in str(error.value)
-    assert f"{folder}/epoch=79.ckpt, or begin anew in another folder" in str(error.value)
+    assert "epoch=39.ckpt and 3 older ones: resume from one by --ckpt_path " in str(error.value)
+    assert f"{folder}/epoch=79.ckpt, or start from scratch in another folder" in str(error.value)
     last_file(tmp_path).touch()
     assert find_last(tmp_path) == last_file(tmp_path)
 
@@ -144,4 +144,4 @@ def test_a_resume_says_how_many_epochs_are_done(toy_module, fit, tmp_path, caplo
     fit(toy_module(), 2, **WITH)
     file = last_file(tmp_path)
     fit(toy_module(), 3, ckpt_path=str(file), **WITH)
-    assert f"Going on from {file}: 2 of 3 epochs are done" in caplog.text
+    assert f"Resuming from {file}: 2 of 3 epochs are done" in caplog.text

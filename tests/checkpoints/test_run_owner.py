@@ -61,7 +61,7 @@ def test_a_finished_run_is_not_overwritten(finished, capsys, monkeypatch, more):
     with pytest.raises(SystemExit) as stopped:
         main(fit_line(finished, *more))
     assert stopped.value.code == 2
-    assert "holds a run already: go on with it by --ckpt_path last" in capsys.readouterr().err
+    assert "holds a run already: resume it by --ckpt_path last" in capsys.readouterr().err
     assert contents(finished) == before
 
 

@@ -155,7 +155,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole):
     result = processes.run(fit_arguments(whole, *SMALL))
     assert result.returncode == 2
-    assert "holds a run already: go on with it by --ckpt_path last" in result.stderr
+    assert "holds a run already: resume it by --ckpt_path last" in result.stderr
 
 
 def test_a_job_that_slurm_has_queued_anew_goes_on_by_the_same_command(tmp_path, monkeypatch, capsys):
@@ -184,12 +184,12 @@ def test_last_without_a_last_checkpoint_is_no_silent_new_start(tmp_path, monkeyp
     for command_name in ("fit", "validate"):
         with pytest.raises(SystemExit):
             main([command_name, *arguments[1:]])
-        said = f"error: --ckpt_path last: {kept.parent} holds no last.ckpt, but epoch=9.ckpt: go on from one by "
-        assert f"{said}--ckpt_path {kept}, or begin anew in another folder" in capsys.readouterr().err
+        said = f"error: --ckpt_path last: {kept.parent} holds no last.ckpt, but epoch=9.ckpt: resume from one by "
+        assert f"{said}--ckpt_path {kept}, or start from scratch in another folder" in capsys.readouterr().err
     kept.unlink()
     caplog.set_level("INFO")
     main([*arguments, "--trainer.max_epochs=1"])
-    assert f"The run in {tmp_path} was ended before its first checkpoint: it begins anew, from epoch 0" in caplog.text
+    assert f"The run in {tmp_path} was ended before its first checkpoint: it starts again from epoch 0" in caplog.text
     assert last(tmp_path)["epoch"] == 0
 
 
@@ -237,7 +237,7 @@ def files(tmp_path):
         ("--trainer.precision=bf16-true", r"precision=bf16-true: expected one of 32-true, bf16-mixed"),
         ("--ckpt_path={tmp}/none.ckpt", r"expected a file, or last"),
         ("--ckpt_path=hpc", r"expected a file, or last"),
-        ("--ckpt_path=last", r"holds no run to go on with"),
+        ("--ckpt_path=last", r"holds no run to resume"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, message):

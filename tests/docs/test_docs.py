@@ -168,7 +168,7 @@ def test_python_runs(page, package, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("page", "number"), [pair for pair in OVERLAYS if pair[0] != "model_families.md"])
 def test_configurations_can_be_built(page, number, package, tmp_path, monkeypatch):
-    """Laid over the quick start's; a model of the hub is built as the family that has its name."""
+    """Added after the quick start's; a model of the hub is built as the family that has its name."""
     package(page)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text(blocks(page, "yaml")[number], encoding="utf-8")

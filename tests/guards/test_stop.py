@@ -77,7 +77,7 @@ def test_a_run_stops_after_the_current_batch(stopped, tmp_path, number, code, na
     options = {"limit_val_batches": 0} if moment == "last batch" else {}
     ended, said, at = stopped(moment, number, **options)
     assert ended == code
-    assert f"\nStopped by {name}: {file} holds {epochs} of 6 epochs; go on by go on\n" in said
+    assert f"\nStopped by {name}: {file} holds {epochs} of 6 epochs; resume by go on\n" in said
     assert torch.load(file, weights_only=True)["epoch"] == epochs - 1
     assert {key: at.counts[key] for key in counts} == counts
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
@@ -114,7 +114,7 @@ def test_before_an_epoch_has_ended_there_is_nothing_to_go_on_with(toy_module, fi
     with pytest.raises(SystemExit) as end:
         fit(toy_module(), 2, callbacks=[Early(), StopOnSignal("this command")], **WITH)
     assert end.value.code == 143
-    assert "no epoch has ended, so nothing is saved yet: begin anew by this command" in capsys.readouterr().err
+    assert "no epoch has ended, so nothing is saved yet: start again by this command" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -132,7 +132,7 @@ def test_plain_python_is_told_in_python_and_a_stopped_run_goes_on_to_the_bit(
         fit(toy_module(), 5, callbacks=[Late()], **WITH)
     file = last_file(tmp_path)
     assert end.value.code == 130
-    assert f"holds 3 of 5 epochs; go on by trainer.fit(module, data, ckpt_path='{file}')" in capsys.readouterr().err
+    assert f"holds 3 of 5 epochs; resume by trainer.fit(module, data, ckpt_path='{file}')" in capsys.readouterr().err
     fit(resumed, 5, file, **WITH)
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 

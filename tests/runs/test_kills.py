@@ -213,9 +213,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(fit, whole, tmp_pa
     assert fit(tmp_path, moment="training", epoch=0) == -signal.SIGKILL
     assert are_whole(tmp_path) == {}
     assert fit(tmp_path) == 2
-    assert "holds a run already: go on with it by --ckpt_path last" in said(tmp_path)
+    assert "holds a run already: resume it by --ckpt_path last" in said(tmp_path)
     assert fit(tmp_path, "--ckpt_path=last") == 0
-    assert "was ended before its first checkpoint: it begins anew, from epoch 0" in said(tmp_path)
+    assert "was ended before its first checkpoint: it starts again from epoch 0" in said(tmp_path)
     is_the_same(tmp_path, whole)
 
 
@@ -224,7 +224,7 @@ def test_a_run_killed_before_its_first_last_names_the_file_to_go_on_with(fit, wh
     assert are_whole(tmp_path) == {"epoch=0.ckpt": 0}
     assert fit(tmp_path, "--ckpt_path=last") == 2
     file = tmp_path / "run/checkpoints/epoch=0.ckpt"
-    assert f"holds no last.ckpt, but epoch=0.ckpt: go on from one by --ckpt_path {file}" in said(tmp_path)
+    assert f"holds no last.ckpt, but epoch=0.ckpt: resume from one by --ckpt_path {file}" in said(tmp_path)
     assert fit(tmp_path, f"--ckpt_path={file}") == 0
     is_the_same(tmp_path, whole)
 
@@ -266,11 +266,11 @@ def test_a_run_that_is_asked_to_stop_stops_soon_and_goes_on_to_the_bit(fit, star
     assert f"{name}: the run ends after the current batch or update; a" in text
     (sentence,) = re.findall(r"^Stopped by .*$", text, re.MULTILINE)
     file = tmp_path / "run/checkpoints/last.ckpt"
-    assert sentence.startswith(f"Stopped by {name}: {file} holds {last + 1} of 4 epochs; go on by lightning-fdfo fit ")
+    assert sentence.startswith(f"Stopped by {name}: {file} holds {last + 1} of 4 epochs; resume by lightning-fdfo fit ")
     assert "Traceback" not in text
     assert are_whole(tmp_path)["last.ckpt"] == last
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
-    _, *line = shlex.split(sentence.partition("go on by ")[2])
+    _, *line = shlex.split(sentence.partition("resume by ")[2])
     configuration(tmp_path)  # the same, undisturbed
     process = start(tmp_path, *line)
     process.join(EVER)

@@ -245,7 +245,7 @@ def test_each_way_trains_each_thing_in_each_precision(tmp_path, training, precis
 
 
 def test_fsdp1_is_refused_and_the_overlay_named():
-    with pytest.raises(ConfigurationError, match=r"FSDP1 .* lay configs/fsdp2.yaml over"):
+    with pytest.raises(ConfigurationError, match=r"FSDP1 .* add configs/fsdp2.yaml after"):
         check_strategy(FSDPStrategy.__new__(FSDPStrategy))
 
 
@@ -268,7 +268,7 @@ def test_a_mesh_that_cannot_work_is_refused(options, message):
 @pytest.mark.parametrize("name", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_processes_that_copy_this_one_are_refused(name):
     trainer = Trainer(accelerator="cpu", devices=2, strategy=name, logger=False, max_epochs=1)
-    with pytest.raises(ConfigurationError, match=r"lay configs/ddp\.yaml over"):
+    with pytest.raises(ConfigurationError, match=r"add configs/ddp\.yaml after"):
         check_strategy(trainer.strategy)
 
 

@@ -303,7 +303,7 @@ def here(monkeypatch):
         (NaNElsewhere, "scores images that are not square", r"4 finite scores for images of 48 x 80, got \[nan, nan"),
         (PublicWeights, "pickles by its configuration, without weights", r"^- .*: 20\d{4} bytes: .* start with _"),
         (Unpicklable, "pickles by its configuration, without weights", r"cannot be pickled \(TypeError.*start with _"),
-        (Forgetful, "pickles by its configuration, without weights", "set up anew gives other scores"),
+        (Forgetful, "pickles by its configuration, without weights", "set up again gives other scores"),
         (Lost, "pickles by its configuration, without weights", "no attribute '_gain'"),
         (NeverSetUp, "can be set up, and again", r"it raised OSError\('no weights'\)"),
         (SetUpOnce, "can be set up, and again", r"it raised RuntimeError\('set up already'\)"),

@@ -37,7 +37,7 @@ def find(value: str, folders: Sequence[Path]) -> str | None:
 def resolve_paths(config: Any, files: Sequence[Path], command: str | None) -> None:
     """Replaces relative paths by those that exist.
 
-    A file given later is asked first: it is laid over the earlier ones. Beside a file means its folder, and the folder
+    A file given later is asked first: it overrides the earlier ones. Beside a file means its folder, and the folder
     above it: the shipped configurations name their prompts from there.
 
     Args:
