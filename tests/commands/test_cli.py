@@ -262,6 +262,7 @@ def test_mistakes_end_in_one_clear_line(files, monkeypatch, capsys, option, mess
 TWO = ["--trainer.devices=2", "--model.batching.batch_size=96"]
 
 
+@pytest.mark.slow
 def test_a_mistake_that_the_first_of_two_devices_sees_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))

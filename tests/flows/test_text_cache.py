@@ -1,7 +1,6 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows import text_cache
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.text_cache import TextCache
+from tests.processes import FORKS
 
 PROMPTS = ['"427" in red', '"1234" in blue', '"8"']
 
@@ -78,27 +78,22 @@ def test_two_instances_see_each_others_shards_and_may_write_the_same(tmp_path):
         assert pooled(cache, ["a", "b", "c"]) == [1.0, 2.0, 3.0]
 
 
-WRITER = """
-import os, sys
-from pathlib import Path
-import torch
-from lightning_fdfo.flows.conditioning import Conditioning
-from lightning_fdfo.flows.text_cache import TextCache
-name, dies = sys.argv[2], sys.argv[3] == "dies"
-cache = TextCache(Path(sys.argv[1]))
-for i in range(40):
-    if dies and i == 39:
-        Path.replace = lambda *_: os._exit(9)
-    cache.write([f"{name} {i}", f"both {i}"], Conditioning({"pooled": torch.tensor([float(i), -float(i)])}))
-"""
+def write_all(folder, name, dies):
+    """Writes forty times; one that dies does so in the last, before its file is renamed."""
+    cache = TextCache(folder)
+    for i in range(40):
+        if dies and i == 39:
+            Path.replace = lambda *_: os._exit(9)
+        cache.write([f"{name} {i}", f"both {i}"], Conditioning({"pooled": torch.tensor([float(i), -float(i)])}))
 
 
 def test_two_processes_write_at_once_and_one_is_killed_before_it_renames(tmp_path):
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, fate])
-        for name, fate in (("a", "lives"), ("b", "dies"))
-    ]
-    assert [writer.wait() for writer in writers] == [0, 9]
+    writers = [FORKS.Process(target=write_all, args=(tmp_path, name, name == "b")) for name in ("a", "b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 9]
     cache = TextCache(tmp_path)
     texts = [f"{name} {i}" for name in ("a", "b", "both") for i in range(40)]
     assert cache.missing(texts) == ["b 39"]

@@ -9,7 +9,7 @@ import yaml
 from lightning_fdfo.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-EPOCHS = 10
+EPOCHS = 8
 SMALL = [
     "--model.batching.num_pairs=32", "--model.batching.batch_size=128", "--model.evaluation.metrics=null",
     "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1000",
