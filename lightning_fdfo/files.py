@@ -15,6 +15,8 @@ from lightning_fdfo.errors import ConfigurationError
 PARTIALS = ".*.partial-*"
 """Names of files that are being written; a killed process leaves them."""
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
 
 @contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
@@ -109,20 +111,18 @@ def file_digest(file: Path) -> str:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes and prints what all processes of a run have.
+    """Whether this process writes what all processes of a run have: the first of those that are connected, or alone.
 
-    torch.distributed knows once processes are connected, and Lightning's rank before that. Neither library is imported
-    here: without them there is one process.
+    torch.distributed knows; it is not imported here.
 
     Example:
         >>> is_first_process()
         True
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return bool(distributed.get_rank() == 0)
-    lightning = sys.modules.get("lightning_utilities.core.rank_zero")
-    return getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0)
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return True
+    return bool(distributed.get_rank() == 0)
 
 
 def _beside(target: Path) -> Path:
@@ -148,9 +148,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_bytes(size: float) -> str:

@@ -1,22 +1,17 @@
 """Finds tensors with numbers that are not finite, and names them.
 
-Weights are read once, by their extremes; of a sampler's velocities each step notes which rows are finite, and nobody
-waits for the device before the images are there.
+A tensor is read once, by its extremes. A sampler's velocities: `flows/watched_velocity.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_fdfo.errors import ConfigurationError, DivergenceError
-
-if TYPE_CHECKING:
-    pass
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Those that can hold a number that is not finite and have extremes; quantised weights have neither."""

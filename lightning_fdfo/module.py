@@ -111,7 +111,7 @@ class FDFOModule(EvaluationSteps):
         self.has_trained = False
         """Whether an earlier `fit`, or a checkpoint, has left its weights here."""
         self.strict_loading = False  # a checkpoint holds what trains; `check_restored` is strict about that
-        self.evaluator = Evaluator(flow, self.rewards, evaluation, sampling, seed, drop=failures.drops_pairs)
+        self.evaluator = Evaluator(self)
         self.collector: RolloutCollector | None = None
         """The training loader, with scores and numbers of the last rollout; None before `fit`."""
         self.epoch_log = EpochLog()

@@ -481,6 +481,19 @@ def test_a_checkpoint_whose_weights_are_not_what_it_says_is_refused(toy_module, 
         fit(toy_module(), 2, ckpt_path=str(path))
 
 
+class GuidanceOfTheLoaded(ToyFlow):
+    """Knows how it is guided only once it is loaded."""
+
+    @property
+    def guidance(self):
+        return "classifier-free" if self.transformer is not None else None
+
+
+def test_guidance_may_be_known_only_once_the_model_is_loaded(toy_module, fit):
+    sampling = Sampling(num_steps=4, height=2, width=2, guidance_scale=2.0)
+    fit(toy_module(flow=GuidanceOfTheLoaded(), sampling=sampling), 1)
+
+
 def test_load_from_checkpoint_says_what_to_do_instead():
     with pytest.raises(ConfigurationError, match="build the module, and give the file"):
         FDFOModule.load_from_checkpoint("last.ckpt")

@@ -1,6 +1,6 @@
 """What comes from elsewhere - configurations, weights, model folders, images - runs no code and writes nowhere else.
 
-Prompt files: test_prompts.py; checkpoints: test_checkpoint.py.
+Prompt files: test_prompts.py; checkpoints: checkpoints/test_checkpoint_io.py.
 """
 
 import json

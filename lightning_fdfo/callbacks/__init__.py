@@ -11,7 +11,7 @@ from lightning_fdfo.callbacks.pair_gallery import PairGallery
 from lightning_fdfo.callbacks.pair_log import PairLog
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band, RewardHackingMonitor
 from lightning_fdfo.callbacks.sample_strip import SampleStrip
-from lightning_fdfo.guards.slurm_requeue import SLURMRequeue
+from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue
 
 __all__ = [
     "EMA",

@@ -18,16 +18,13 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.base import Reward
 from lightning_fdfo.reward.origin import made_with, source_of
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.training.plain_settings import _SHORT, MAX_TEXT, class_path, differences, plain
+from lightning_fdfo.training.plain_settings import class_path, differences, plain
 from lightning_fdfo.training.protocol import TrainingModule
 
 FLOW_SETTINGS = ("dtype", "max_sequence_length", "quantization", "revision")
 """Of a base model, beside its class and name: those that change its velocities."""
 MAX_LINES = 30
 """Differences that are reported one by one."""
-
-
-_SHORT.maxstring = _SHORT.maxother = MAX_TEXT
 
 
 def settings_record(module: TrainingModule) -> dict[str, Any]:

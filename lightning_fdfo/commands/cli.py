@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_fdfo.callbacks.epoch_progress import EpochProgress
 from lightning_fdfo.callbacks.image_writer import ImageWriter
 from lightning_fdfo.callbacks.metrics_writer import MetricsWriter
+from lightning_fdfo.callbacks.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.checkpoints.last_checkpoint import LastCheckpoint
 from lightning_fdfo.checkpoints.run_owner import RunOwner
@@ -39,7 +40,6 @@ from lightning_fdfo.commands.configuration.relative_paths import resolve_paths
 from lightning_fdfo.commands.console import quiet_libraries
 from lightning_fdfo.commands.run_record import RECORD, RunRecord
 from lightning_fdfo.data import PromptDataModule
-from lightning_fdfo.guards.slurm_requeue import SLURMRequeue, is_requeued
 from lightning_fdfo.guards.stop import StopOnSignal, ends_at_once, ends_together, resuming_command
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.parallel import check_strategy

@@ -15,7 +15,6 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from lightning_fdfo.commands.author_lines import author_lines
 from lightning_fdfo.errors import ConfigurationError, DivergenceError, RewardError
-from lightning_fdfo.files import is_first_process
 
 T = TypeVar("T")
 
@@ -109,6 +108,12 @@ def run(command: Callable[[], T]) -> T:
 
 def end(report: ErrorReport) -> NoReturn:
     """Prints a report, once for all processes that fail alike, and ends this one."""
-    if report.from_every_process or is_first_process():
+    if report.from_every_process or _prints():
         print(report.text, file=sys.stderr)
     raise SystemExit(report.code)
+
+
+def _prints() -> bool:
+    """Whether this process prints for all, also before they are connected: Lightning's rank says so, if it is there."""
+    lightning = sys.modules.get("lightning_utilities.core.rank_zero")
+    return getattr(getattr(lightning, "rank_zero_only", None), "rank", None) in (None, 0)

@@ -154,4 +154,8 @@ def _diversities(found: Mapping[str, Distances]) -> Iterator[Estimate | None]:
         None if base is None else tuned.distances - base.distances,
     ]
     for values in distances:
-        yield None if values is None else _estimate(prompt_mean(tuned.prompts, values[:, None]))
+        yield (
+            None
+            if values is None
+            else _estimate(prompt_mean(tuned.prompts, values[:, None], values.isfinite()[:, None]))
+        )

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,35 +22,37 @@ from lightning_fdfo.prompts import IndexedPrompt, Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import is_for, routes
 from lightning_fdfo.reward.scores import Scores
-from lightning_fdfo.settings import Evaluation, Sampling
+from lightning_fdfo.settings import Evaluation, FailurePolicy, Sampling
 from lightning_fdfo.training.base_weights import BaseWeights
+
+
+class Evaluated(Protocol):
+    """What an evaluator asks of `FDFOModule`, at the moment when it needs it."""
+
+    flow: FlowModel
+    rewards: RewardMix
+    sampling: Sampling
+    evaluation: Evaluation
+    failures: FailurePolicy
+    seed: int
 
 
 class Evaluator:
     """What `validate`, `test` and `predict` do with a flow, a mixture and its metrics.
 
     Args:
-        flow: the model, loaded before the first image.
-        rewards: the mixture that trains.
-        evaluation: the metrics, and what `test` computes.
-        sampling: how images are sampled; churn is not used.
-        seed: the run's; it fixes latents and bootstraps.
-        drop: whether a reward that fails leaves its images without a score, instead of ending the run.
+        module: whose settings count: the flow, loaded before the first image; the mixture that trains; `sampling`,
+            whose churn is not used; `evaluation`; `failures`, by which a reward that fails leaves its images without a
+            score or ends the run; and the seed, which fixes latents and bootstraps. Metrics are built once, here.
 
     Raises:
         ConfigurationError: a metric has the name of a reward, or is called `reward`.
     """
 
-    def __init__(
-        self, flow: FlowModel, rewards: RewardMix, evaluation: Evaluation, sampling: Sampling, seed: int, *, drop: bool
-    ) -> None:
-        self.flow = flow
-        self.rewards = rewards
+    def __init__(self, module: Evaluated) -> None:
+        self.module = module
+        evaluation = module.evaluation
         self.metrics = RewardMix(evaluation.metrics) if evaluation.metrics else None
-        self.evaluation = evaluation
-        self.sampling = sampling
-        self.seed = seed
-        self.drop = drop
         self.embedder = named_embedder(evaluation.diversity) if evaluation.diversity is not None else None
         self.rows: list[MetricRow] = []
         """What the last `test` has computed."""
@@ -65,7 +67,7 @@ class Evaluator:
     @property
     def mixtures(self) -> list[RewardMix]:
         """The rewards, and the metrics if there are any."""
-        return [self.rewards] if self.metrics is None else [self.rewards, self.metrics]
+        return [self.module.rewards] if self.metrics is None else [self.module.rewards, self.metrics]
 
     def fetch(self, test: bool) -> None:
         """Finds the files that rewards, metrics and, for `test`, the embedder need; fetches what is missing."""
@@ -88,11 +90,11 @@ class Evaluator:
     def generate(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
         """Images of all rows, [N, 3, H, W] in [0, 1]; latents are a function of seed, index and repeat."""
         return generate(
-            self.flow,
+            self.module.flow,
             [row.prompt for row in batch],
             [row.prompt_index for row in batch],
-            seed=self.seed,
-            sampling=self.sampling,
+            seed=self.module.seed,
+            sampling=self.module.sampling,
             device=device,
             repeats=[row.repeat for row in batch],
         )
@@ -105,9 +107,10 @@ class Evaluator:
         """
         texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
         rewards, *metrics = (
-            mix(images, texts, metadata, routes=routes(mix.terms, metadata), drop=self.drop) for mix in self.mixtures
+            mix(images, texts, metadata, routes=routes(mix.terms, metadata), drop=self.module.failures.drops_pairs)
+            for mix in self.mixtures
         )
-        total = {"reward": self.rewards.total(rewards, epoch)} if self.rewards.scales_known else {}
+        total = {"reward": self.module.rewards.total(rewards, epoch)} if self.module.rewards.scales_known else {}
         scores = total | rewards | (metrics[0] if metrics else {})
         return {name: value for name, value in scores.items() if name not in self._unscored}
 
@@ -148,16 +151,18 @@ class Evaluator:
         Raises:
             ConfigurationError: the base is asked for, and gone.
         """
-        if self.evaluation.base and base is None:
+        if self.module.evaluation.base and base is None:
             raise ConfigurationError(
                 "evaluation.base: the whole transformer has been trained, and the base's weights are gone; "
                 "test a new module with ckpt_path, or set evaluation.base false"
             )
-        self._base = base if self.evaluation.base else None
+        self._base = base if self.module.evaluation.base else None
         if self.embedder is not None:
             self.embedder.setup(device)
         better = {name: reward.higher_is_better for mix in self.mixtures for name, reward in mix.rewards.items()}
-        self._comparison = Comparison(self.evaluation, {"reward": True} | better, self.embedder, self.seed, device)
+        self._comparison = Comparison(
+            self.module.evaluation, {"reward": True} | better, self.embedder, self.module.seed, device
+        )
 
     def compare(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> None:
         """Adds a batch: images of the tuned model and, from the same latents, of the base."""

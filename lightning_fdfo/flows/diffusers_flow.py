@@ -222,8 +222,9 @@ class DiffusersFlow(FlowFamily, FlowModel):
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
     ) -> None:
-        """Encodes them into the cache, where `text_encoders` says so."""
-        self.text_encoding.prepare(prompts, negative_prompts, device, rank=rank, world_size=world_size, barrier=barrier)
+        """Encodes them into the cache, where `text_encoders` says so; negative ones if guidance uses them."""
+        negatives = negative_prompts if self.guidance == "classifier-free" else []
+        self.text_encoding.prepare(prompts, negatives, device, rank=rank, world_size=world_size, barrier=barrier)
 
     # Sampling
 

@@ -120,7 +120,7 @@ def parse_terms(terms: Mapping[str, Any]) -> dict[str, RewardTerm]:
 def _parse_term(name: str, value: Any) -> RewardTerm:
     """A term, its values as they were given."""
     if isinstance(value, RewardTerm):
-        return value
+        return replace(value, gate=_load_gate(value.gate))
     if _is_number(value):
         return RewardTerm(_load_short(name), value)
     expected = f"rewards.{name}: expected a weight or {{reward: NAME or {{class_path, init_args}}, weight: NUMBER}}"

@@ -39,7 +39,7 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
       from each branch, so that it does not matter which comes first. Left out for less than two pairs, and if all are
       a tie for one.
 
-    For each of `evaluation.image_statistics`, `image/NAME`: its mean over all images.
+    For each of `image_statistics`, `image/NAME`: its mean over all images.
 
     And `rollout/pair_distance`: rms of the half difference of the final latents.
 

@@ -36,11 +36,10 @@ def check_binding(flow: FlowModel, lora: LoRA | None, lora_file: Path | None) ->
 
 def cache_texts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, trainer: Trainer) -> None:
     """Lets a flow encode a command's texts now, if it caches them."""
-    negatives = flow.uses_negatives(guidance_scale)
     with trainer.precision_plugin.forward_context():
         flow.prepare_texts(
             [prompt.text for prompt in prompts],
-            [prompt.negative for prompt in prompts] if negatives else [],
+            [prompt.negative for prompt in prompts] if guidance_scale != 1.0 else [],
             trainer.strategy.root_device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,

@@ -8,6 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+MAX_TEXT = 120
+"""Characters of a value in a line."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = MAX_TEXT
+_ABSENT = object()
+
 
 def class_path(value: Any) -> str:
     """Where the class of an object, or a function itself, is defined.
@@ -68,13 +74,3 @@ def differences(saved: Any, own: Any, name: str = "") -> Iterator[tuple[str, str
             yield from differences(saved.get(key, _ABSENT), own.get(key, _ABSENT), path)
     elif type(saved) is not type(own) or saved != own:
         yield name, short(saved), short(own)
-
-
-MAX_TEXT = 120
-"""Characters of a value in a line."""
-
-
-_SHORT = reprlib.Repr()
-
-
-_ABSENT = object()

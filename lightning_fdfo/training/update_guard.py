@@ -70,6 +70,12 @@ class UpdateGuard(Callback):
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._note(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._note(pl_module)  # Lightning tears nothing down then
+
+    def _note(self, pl_module: LightningModule) -> None:
         """Notes in the module whether this fit has left its weights there."""
         module = cast(TrainingModule, pl_module)
         module.has_trained = module.has_trained or self.num_updates > 0

@@ -105,3 +105,8 @@ def test_in_python_a_term_is_checked_too():
 def test_a_name_of_ones_own_with_a_number_says_how_it_is_meant():
     with pytest.raises(ConfigurationError, match=r"rewards.small: unknown reward 'small'.*\{reward: NAME, weight"):
         RewardMix({"small": 0.3})
+
+
+def test_a_gate_is_a_mapping_in_a_python_term_too():
+    given = RewardTerm(brightness, gate={"reward": "b", "above": 1.0})
+    assert parse_terms({"a": given, "b": RewardTerm(brightness)})["a"].gate == Gate("b", above=1.0)

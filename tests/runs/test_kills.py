@@ -65,9 +65,9 @@ class At(Callback):
                 self.fire("sampling", nth=3)
             return velocity(*arguments)
 
-        def watched_score(*arguments):
+        def watched_score(*arguments, **options):
             self.fire("reward")
-            return score(*arguments)
+            return score(*arguments, **options)
 
         def watched_save(saved, file):
             save(saved, file)

@@ -1,6 +1,7 @@
 """A module in plain Python and notebooks: each use works, or one line says what to do instead; docs/python.md."""
 
 import copy
+import dataclasses
 import logging
 import pickle
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lightning_fdfo import Batching, FDFOModule, LoRA, PromptDataModule, Sampling
+from lightning_fdfo.callbacks import LoRAExport
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.commands import console
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.flows.lora_files import LORA_FILE, save_lora
 from lightning_fdfo.remote.client import Client
+from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, trainable
 
 COMMANDS = ("fit", "validate", "test", "predict")
@@ -97,6 +100,44 @@ def test_another_fit_of_a_module_begins_from_its_weights_and_says_so(toy_module,
     second.fit(module, data)  # its epochs are done
     assert second.global_step == 2
     assert "`max_epochs=1` reached" in caplog.text
+
+
+@pytest.mark.usefixtures("outspoken")
+def test_a_fit_after_one_that_ended_by_an_error_says_so(toy_module, data, tmp_path, caplog):
+    calls = []
+
+    def fails_in_the_second_epoch(images, prompts, metadata):
+        calls.append(len(images))
+        if sum(calls) > 60:  # images: 32 of the first epoch, and 10 of validation before and after it
+            raise ValueError("no score")
+        return images.mean(dim=(1, 2, 3))
+
+    module = toy_module(rewards={"late": RewardTerm(fails_in_the_second_epoch)})
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    with pytest.raises(RewardError, match="no score"):
+        trainer(tmp_path / "first", 2).fit(module, data)
+    calls.clear()
+    trainer(tmp_path / "second").fit(module, data)
+    assert "begins from weights that an earlier fit or checkpoint has left" in caplog.text
+
+
+def test_a_setting_that_is_replaced_counts_in_evaluation_too(toy_module, judge, monkeypatch):
+    module = toy_module()
+    steps = []
+    sigmas = module.flow.sigmas
+    monkeypatch.setattr(
+        module.flow, "sigmas", lambda num_steps, *size: steps.append(num_steps) or sigmas(num_steps, *size)
+    )
+    module.sampling = dataclasses.replace(module.sampling, num_steps=7)
+    judge(module, "validate")
+    assert set(steps) == {7}
+
+
+def test_a_process_that_is_not_connected_writes_whatever_its_number(toy_module, data, tmp_path, monkeypatch):
+    """As one of many independent jobs that a cluster has numbered."""
+    monkeypatch.setattr("lightning_utilities.core.rank_zero.rank_zero_only.rank", 1)
+    trainer(tmp_path, callbacks=[LoRAExport()]).fit(toy_module(), data)
+    assert (tmp_path / "lora/pytorch_lora_weights.safetensors").exists()
 
 
 def test_another_fit_that_goes_on_by_ckpt_path_is_one_run(toy_module, data, tmp_path, caplog):

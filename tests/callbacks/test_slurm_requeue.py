@@ -7,8 +7,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_fdfo.callbacks import SLURMRequeue
+from lightning_fdfo.callbacks.slurm_requeue import is_requeued
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
-from lightning_fdfo.guards.slurm_requeue import is_requeued
 
 JOB = {"NTASKS": "1", "JOB_ID": "4321", "JOB_NAME": "fdfo", "NODELIST": "localhost"}
 RANKS = dict.fromkeys(("NODEID", "LOCALID", "PROCID"), "0")
