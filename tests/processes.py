@@ -88,7 +88,7 @@ def run(words: Sequence[str], devices: int = 1, timeout: float = 300, **environm
     return Result(next((p.exitcode for p in started if p.exitcode), 0), out, err)
 
 
-def run_well(words: Sequence[str], devices: int = 1, **environment: str) -> Result:
+def run_checked(words: Sequence[str], devices: int = 1, **environment: str) -> Result:
     """The same, for a command that must end with 0."""
     result = run(words, devices, **environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

@@ -64,7 +64,7 @@ def weights(folder):
 def whole(tmp_path_factory):
     """Six epochs without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    processes.run_well(fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=6"))
+    processes.run_checked(fit_arguments(folder / "run", *SMALL, "--trainer.max_epochs=6"))
     return folder / "run"
 
 
@@ -94,7 +94,7 @@ def test_kill_and_resume_is_no_stop_to_the_bit(whole, tmp_path):
     assert last(tmp_path / "run")["epoch"] in (1, 2, 3)
     begun = len(list((tmp_path / "run/pairs").glob("*.csv")))
     assert begun - 1 <= last(tmp_path / "run")["epoch"] + 1 <= begun, "no more than an epoch is done again"
-    processes.run_well([*arguments, "--ckpt_path=last"])
+    processes.run_checked([*arguments, "--ckpt_path=last"])
     assert lora(tmp_path / "run") == lora(whole)
     resumed, undisturbed = weights(tmp_path / "run"), weights(whole)
     assert set(resumed) == set(undisturbed)
@@ -139,7 +139,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
     for devices, batch_size in ((1, 8), (2, 4)):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        start = run if devices > 1 else lambda *words: processes.run_well(words)
+        start = run if devices > 1 else lambda *words: processes.run_checked(words)
         start(
             *fit_arguments(folder / "run", *SMALL, *smooth, "--trainer.max_epochs=2"),
             f"--trainer.devices={devices}", "--trainer.strategy=ddp", f"--model.batching.batch_size={batch_size}",
@@ -286,7 +286,7 @@ def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
     overlay.write_text(
         "model: {batching: {num_pairs: 96, batch_size: 96}}\ntrainer: {default_root_dir: from/overlay}\n"
     )
-    result = processes.run_well([
+    result = processes.run_checked([
         "fit", "--config", "configs/quickstart.yaml", "--config", str(overlay), "--model.rewards.OCR", "0.3",
         "--print_config",
     ])  # fmt: skip
@@ -301,7 +301,7 @@ def test_overrides_reach_interpolated_values_and_several_files(tmp_path):
 def test_validate_alone(tmp_path):
     prompts = tmp_path / "val.txt"
     prompts.write_text('"427" in red\n"12" in blue\n')
-    result = processes.run_well([
+    result = processes.run_checked([
         "validate", "--config", "configs/quickstart.yaml", f"--data.val={prompts}",
         f"--trainer.default_root_dir={tmp_path}/run", *SMALL,
     ])  # fmt: skip

@@ -26,7 +26,7 @@ def test_training_without_the_cli_is_the_same_run(tmp_path):
         (tmp_path / "configs/prompts" / name).write_text("\n".join(lines))
     subprocess.run([sys.executable, script, "plain", "1"], cwd=tmp_path, check=True, capture_output=True, timeout=300)
     data = [f"--data.{part}={tmp_path}/configs/prompts/digits_{name}.txt" for part, name in PARTS]
-    processes.run_well(
+    processes.run_checked(
         ["fit", "--config", config, *data, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'cli'}"]
     )
     plain, cli = (load_file(tmp_path / run / "lora/pytorch_lora_weights.safetensors") for run in ("plain", "cli"))

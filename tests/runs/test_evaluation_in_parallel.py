@@ -38,7 +38,7 @@ def trained(arguments, folder, *more):
         "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 3.0}}",
     ]  # fmt: skip
     words = ["fit", *arguments, *fit, *more, "--trainer.callbacks=null", f"{ROOT_DIR}={folder / 'fit'}"]
-    processes.run_well(words)
+    processes.run_checked(words)
     return folder / "fit/checkpoints/last.ckpt"
 
 
@@ -70,7 +70,7 @@ def test_two_processes_give_the_numbers_and_images_of_one(arguments, tmp_path, w
         for command in ("test", "predict"):
             options = [f"{ROOT_DIR}={tmp_path / name}", f"--ckpt_path={saved}", "--trainer.callbacks=null"]
             words = [command, *arguments, *more, *options, *devices]
-            result = processes.run_well(words, devices=1 if name == "one" else 2)
+            result = processes.run_checked(words, devices=1 if name == "one" else 2)
             assert result.stdout.count("Written to" if command == "test" else "9 images are in") == 1
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert abs(one["Colorfulness", "difference", "mean"]) > 1e-3, "it was trained"

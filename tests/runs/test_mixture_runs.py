@@ -71,7 +71,7 @@ def fit(folder, *more, devices=1):
         2: ["--model.batching.batch_size=8", "--config=configs/ddp.yaml", "--trainer.devices=2"],
     }
     arguments = ["--config=configs/quickstart.yaml", f"--config={overlay(folder)}", *ways[devices], *more]
-    processes.run_well(["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices)
+    processes.run_checked(["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices)
     return folder / "run"
 
 

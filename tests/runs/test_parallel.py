@@ -94,7 +94,7 @@ def overlay(folder, lora):
 
 def fit(folder, way, *more, lora=True):
     arguments = ["--config", "configs/quickstart.yaml", "--config", str(overlay(folder, lora)), *WAYS[way], *more]
-    processes.run_well(
+    processes.run_checked(
         ["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices=1 if way == "one" else 2
     )
     return folder
