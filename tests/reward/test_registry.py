@@ -57,8 +57,8 @@ def plugins(monkeypatch):
     return install
 
 
-def test_installed_rewards_are_listed_without_importing_them():
-    sys.modules.pop("lightning_fdfo_rewards.ocr", None)
+def test_installed_rewards_are_listed_without_importing_them(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lightning_fdfo_rewards.ocr", raising=False)
     assert {"OCR", "JPEGSize"} <= set(available_rewards())
     assert "lightning_fdfo_rewards.ocr" not in sys.modules
 
