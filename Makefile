@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Bytecode is kept, whatever the environment says: else each process that a test starts compiles its imports again.
+export PYTHONDONTWRITEBYTECODE :=
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: quickstart test lint docs chaos
@@ -12,7 +14,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/lightning-fdfo report $(RUN)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -151,6 +152,7 @@ def test_a_second_ctrl_c_ends_at_once(toy_module, fit, monkeypatch, capfd):
         raise Ended(code)
 
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test's: a notebook ends by KeyboardInterrupt
     with pytest.raises(Ended, match="130"):
         fit(toy_module(), 2, callbacks=[Twice()], **WITH)
     assert "after the current batch or update; a second ctrl-C ends it at once" in capfd.readouterr().err

@@ -46,6 +46,28 @@ def late(rows, key):
     return sum(row[key] for row in rows[-3:]) / 3
 
 
+def untimed(rows):
+    """The rows without what no two runs share."""
+    timed = ("rollout/images_per_second", "train/points_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def check_shares(rows):
+    """What the table says of two rewards that teach and one that is watched."""
+    for row in rows:
+        assert row["reward/OCR/share"] + row["reward/small/share"] == pytest.approx(1, abs=1e-4)
+        assert 0 < row["reward/OCR/agrees_with/small"] < 1
+        assert row["reward/colors/mean"] > 0  # watched
+    assert "reward/colors/share" not in rows[0]
+
+
+def test_the_table_says_how_much_each_reward_teaches_and_a_run_again_is_the_same(train):
+    rows, again = train(1, 1, epochs=2), train(1, 1, "-again", epochs=2)
+    check_shares(rows)
+    assert untimed(again) == untimed(rows)
+
+
+@pytest.mark.slow
 def test_three_weightings_show_the_trade_off_in_the_logged_table(train):
     legible, both, small = (train(*weights) for weights in ((1, 0), (1, 1), (0, 1)))
     ocr, size = ([late(rows, f"reward/{name}/mean") for rows in (legible, both, small)] for name in ("OCR", "small"))
@@ -53,14 +75,4 @@ def test_three_weightings_show_the_trade_off_in_the_logged_table(train):
     assert size[0] + 0.02 < size[1] < size[2] - 0.02, size  # the more it weighs, the smaller (its sign is -1)
     assert late(legible, "reward/OCR/share") == pytest.approx(1)
     assert late(small, "reward/small/share") == pytest.approx(1)
-    for row in both:
-        assert row["reward/OCR/share"] + row["reward/small/share"] == pytest.approx(1, abs=1e-4)
-        assert 0 < row["reward/OCR/agrees_with/small"] < 1
-        assert row["reward/colors/mean"] > 0  # watched
-    assert "reward/colors/share" not in both[0]
-
-    again = train(1, 1, "-again", epochs=2)
-    timed = ("rollout/images_per_second", "train/points_per_second")
-    assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
-        {k: v for k, v in row.items() if k not in timed} for row in both[:2]
-    ]
+    check_shares(both)
