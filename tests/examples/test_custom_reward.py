@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "examples/custom_reward"
 
@@ -47,10 +49,7 @@ def test_it_is_listed_with_its_distribution(environment):
     listed = environment("-m", "lightning_fdfo", "rewards").stdout
     assert "fdfo-redness 0.1.0" in listed
     assert any("Redness" in line and "-1 … 1" in line for line in listed.splitlines())
-    here = subprocess.run(
-        [sys.executable, "-m", "lightning_fdfo", "rewards"], capture_output=True, text=True, check=True
-    )
-    assert "Redness" not in here.stdout
+    assert "Redness" not in processes.run_checked(["rewards"]).stdout
 
 
 def test_it_keeps_the_contract_and_passes_its_own_test(environment):

@@ -190,10 +190,12 @@ def test_importing_them_is_cheap():
     classes = [load_reward_class(name) for name in available_rewards()]
     modules = sorted({cls.__module__ for cls in classes if cls.__module__.startswith("lightning_fdfo_rewards")})
     line = script.format(modules=", ".join(modules), heavy=heavy)
-    best = min(
-        (subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(3)), key=lambda words: float(words[0]),
-    )  # fmt: skip
+    best = ["inf"]
+    for _ in range(3):
+        words = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout.split()
+        best = min(best, words, key=lambda words: float(words[0]))
+        if float(best[0]) < 0.3:
+            break
     assert best[1:] == []
     assert float(best[0]) < 0.3
 
