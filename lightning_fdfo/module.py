@@ -188,15 +188,14 @@ class FDFOModule(EvaluationSteps):
             self.evaluator.check_repeats(images_per_prompt)
         if self._command != TrainerFn.PREDICTING:  # it needs no reward
             check_prompts(self.rewards, self.evaluator.metrics, train, val)
-            self.evaluator.expect(val)
+        self.evaluator.expect(val)
 
     def configure_model(self) -> None:
         """Loads the model and makes its LoRA, or the whole transformer, trainable; a second call does nothing."""
         if self._is_loaded:
             return
         check_flow_is_new(self.flow)
-        # Lightning's default device here is the accelerator: what is drawn at random would not be the CPU's.
-        with torch.device("cpu"):
+        with torch.device("cpu"):  # not Lightning's default here, the accelerator: its random numbers are others
             if self._prompts:
                 cache_texts(self.flow, self._prompts, self.sampling.guidance_scale, self.trainer)
             self._load()
@@ -275,6 +274,7 @@ class FDFOModule(EvaluationSteps):
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
         self.dropout.switch(False)
+        self.epoch_log.end_batch(self)
 
     def on_train_epoch_end(self) -> None:  # here, for the hooks of checkpoint callbacks come next
         self.epoch_log.write(self.trainer)

@@ -21,6 +21,9 @@ from lightning_fdfo.schedules import check_sigmas
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """`velocity(latents [N, ...], sigma: 0-d tensor) -> [N, ...]`"""
 
+Record = Callable[[int, Tensor, Tensor], None]
+"""`record(k, latents [2P, ...], velocity [2P, ...])`, called at each step k = 0 … T-1, both float32 and at sigmas[k]"""
+
 
 class Trajectories(NamedTuple):
     """What `sample_pairs` saw on its way."""
@@ -126,14 +129,17 @@ def sample(velocity_fn: Velocity, latents: Tensor, sigmas: Tensor) -> Tensor:
     return latents
 
 
-def sample_pairs(
+def stream_pairs(
     velocity_fn: Velocity,
     latents: Tensor,
     sigmas: Tensor,
     churn: float | Tensor,
     noise: Callable[[int], Tensor],
-) -> Trajectories:
+    record: Record,
+) -> Tensor:
     """Samples two branches of each pair from the same initial latents; each branch has fresh noise of its own.
+
+    Nothing is kept of the way but what `record` keeps.
 
     Args:
         velocity_fn: `velocity_fn(latents [2P, ...], sigma: 0-d tensor) -> [2P, ...]`.
@@ -142,19 +148,23 @@ def sample_pairs(
         churn: a float for all, or [T+1]: index 0 for the initial latents, index k for the step to sigmas[k].
         noise: `noise(k) -> [2P, ...]`, standard normal; k = 0 for the initial latents, k for the step to sigmas[k].
             Not called for the last step, which has no noise.
+        record: sees the state and the velocity of each step.
 
     Returns:
-        Trajectories; rows 2i and 2i+1 are pair i.
+        The latents at sigma = 0, [2P, ...], float32; rows 2i and 2i+1 are pair i.
 
     Raises:
         ValueError: sigmas does not fall strictly from 1 to 0, or churn has another length.
 
     Example:
-        >>> flow = lambda x, sigma: x
-        >>> same = sample_pairs(flow, torch.ones(1, 1), torch.tensor([1.0, 0.5, 0.0]), 0.0, lambda k: torch.zeros(2, 1))
-        >>> same.latents[..., 0]
-        tensor([[1.0000, 0.5000, 0.2500],
-                [1.0000, 0.5000, 0.2500]])
+        >>> stream_pairs(
+        ...     lambda x, sigma: x, torch.ones(1, 1), torch.tensor([1.0, 0.5, 0.0]), 0.0, lambda k: torch.zeros(2, 1),
+        ...     record=lambda k, latents, velocity: print(k, latents.tolist()),
+        ... )
+        0 [[1.0], [1.0]]
+        1 [[0.5], [0.5]]
+        tensor([[0.2500],
+                [0.2500]])
 
     Source: arXiv 2603.12893.
     """
@@ -164,15 +174,43 @@ def sample_pairs(
         raise ValueError(f"expected churn to be a float or [{len(sigmas)}], got shape {list(churns.shape)}")
     churns = churns.expand(len(sigmas))
     state = churn_prior(latents.float().repeat_interleave(2, dim=0), churns[0], noise(0))
-    states, velocities = [state], []
     num_steps = len(sigmas) - 1
-    for k, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas), start=1):
+    for k, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         velocity = velocity_fn(state, sigma).float()
-        fresh = noise(k) if k < num_steps else torch.zeros_like(state)
-        state = churn_step(state, velocity, sigma, sigma_next, churns[k], fresh)
+        record(k, state, velocity)
+        fresh = noise(k + 1) if k + 1 < num_steps else torch.zeros_like(state)
+        state = churn_step(state, velocity, sigma, sigma_next, churns[k + 1], fresh)
+    return state
+
+
+def sample_pairs(
+    velocity_fn: Velocity,
+    latents: Tensor,
+    sigmas: Tensor,
+    churn: float | Tensor,
+    noise: Callable[[int], Tensor],
+) -> Trajectories:
+    """The same, and keeps all states and velocities: see `stream_pairs`.
+
+    Returns:
+        Trajectories; rows 2i and 2i+1 are pair i.
+
+    Example:
+        >>> flow = lambda x, sigma: x
+        >>> same = sample_pairs(flow, torch.ones(1, 1), torch.tensor([1.0, 0.5, 0.0]), 0.0, lambda k: torch.zeros(2, 1))
+        >>> same.latents[..., 0]
+        tensor([[1.0000, 0.5000, 0.2500],
+                [1.0000, 0.5000, 0.2500]])
+    """
+    states: list[Tensor] = []
+    velocities: list[Tensor] = []
+
+    def record(_: int, state: Tensor, velocity: Tensor) -> None:
         states.append(state)
         velocities.append(velocity)
-    return Trajectories(torch.stack(states, dim=1), torch.stack(velocities, dim=1))
+
+    end = stream_pairs(velocity_fn, latents, sigmas, churn, noise, record)
+    return Trajectories(torch.stack([*states, end], dim=1), torch.stack(velocities, dim=1))
 
 
 def _per_row(value: float | Tensor, like: Tensor) -> Tensor:

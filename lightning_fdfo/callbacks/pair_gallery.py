@@ -68,9 +68,8 @@ class PairGallery(Callback):
         kept = scores.kept[list(rollout.pairs)].nonzero().flatten()
         chosen = kept[spread(scores.difference[own][kept].abs(), self.num_pairs)]
         with trainer.precision_plugin.forward_context():
-            ends = rollout.trajectories.latents[:, -1]
             rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
-            images = flow.decode(ends[rows].to(pl_module.device)).float().cpu()
+            images = flow.decode(rollout.points.ends[rows].to(pl_module.device)).float().cpu()
         tiles = [
             pair_tile(
                 images[2 * index : 2 * index + 2],

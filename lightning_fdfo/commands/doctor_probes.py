@@ -22,7 +22,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
+from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
 from lightning_fdfo.rollout.scores import gather, weigh
 from lightning_fdfo.settings import Sampling
 from lightning_fdfo.training.trained_state import trainable
@@ -80,6 +80,7 @@ def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampli
         [prompt],
         conditioning,
         [0],
+        _all_points(module, sampling),
         seed=module.seed,
         epoch=0,
         sampling=sampling,
@@ -87,9 +88,15 @@ def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampli
     )
 
 
+def _all_points(module: FDFOModule, sampling: Sampling) -> PairPoints:
+    shape = module.flow.latent_shape(sampling.height, sampling.width)
+    steps = sampling.num_steps
+    return allocate_points([0], steps, 2 * steps, shape, seed=module.seed, epoch=0, store=sampling.store_dtype)
+
+
 def _without_churn(module: FDFOModule, prompt: Prompt, conditioning: Conditioning) -> Finding:
     sampling = replace(module.sampling, churn=0.0, initial_churn=0.0, num_steps=min(4, module.sampling.num_steps))
-    ends = _pair(module, prompt, conditioning, sampling).trajectories.latents[:, -1]
+    ends = _pair(module, prompt, conditioning, sampling).points.ends
     largest = half_differences(ends).abs().max().item()
     text = f"without churn the two latents of a pair differ by at most {largest:.2g}"
     if largest <= 1e-3 * ends.abs().mean().item():
@@ -100,8 +107,8 @@ def _without_churn(module: FDFOModule, prompt: Prompt, conditioning: Conditionin
 
 
 def _churn(module: FDFOModule, rollout: Rollout) -> Finding:
-    difference = half_differences(rollout.trajectories.latents[:, -1]).square().mean().sqrt().item()
-    size = rollout.trajectories.latents[:, -1].square().mean().sqrt().item()
+    difference = half_differences(rollout.points.ends).square().mean().sqrt().item()
+    size = rollout.points.ends.square().mean().sqrt().item()
     text = (
         f"with churn {module.sampling.churn} they differ by {difference / size:.1%} (root mean square, half difference)"
     )
@@ -124,7 +131,7 @@ def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
 
 def _teaches(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """What `fit` would report of an epoch of this one pair; a tie is no fault yet, other pairs may differ."""
-    endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
+    endpoint_difference = half_differences(rollout.points.ends)
     gathered = gather(rollout, endpoint_difference, 1, lambda sums: sums)
     found = nothing_learned(weigh(gathered, list(rollout.prompts), module.rewards, 0), module.rewards, 0)
     yield from (Finding(True, f"in this one pair: {text}") for _, text in found)
@@ -137,14 +144,14 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         num_pairs=1, updates_per_epoch=1, num_steps=num_steps, num_points_per_pair=None, batch_size=2 * num_steps,
         world_size=1,
     )  # fmt: skip
-    endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
+    endpoint_difference = half_differences(rollout.points.ends)
     (batch,) = deal_points(
-        rollout,
+        rollout.points,
+        rollout.sigmas,
+        rollout.conditioning,
         normalize_difference(endpoint_difference, module.objective.normalization),
         torch.tensor([1.0, -1.0]),
         plan,
-        seed=module.seed,
-        epoch=0,
     )
     rows = torch.arange(module.batching.batch_size) % (2 * num_steps)
     chosen: list[Any] = [values[rows].to(module.device) for values in batch]
@@ -184,7 +191,7 @@ def _rollout_size(module: FDFOModule, conditioning: Conditioning) -> Finding:
     sampling, plan = module.sampling, module.plan
     latent = torch.Size(module.flow.latent_shape(sampling.height, sampling.width)).numel()
     row = sum(tensor[0].nbytes for tensor in conditioning.tensors.values())
-    size = memory.rollout_bytes(plan.pairs_per_device, sampling.num_steps, latent, row)
+    size = memory.rollout_bytes(plan.pairs_per_device, plan.points_per_pair, latent, row, sampling.store_dtype.itemsize)
     return Finding(True, f"an epoch's rollout takes {format_bytes(size)} of main memory, for each device")
 
 

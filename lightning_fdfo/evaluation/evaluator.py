@@ -17,7 +17,8 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.evaluation.comparison import Comparison, GeneratedImages, MetricRow
 from lightning_fdfo.evaluation.embedders import named_embedder
 from lightning_fdfo.flows.base import FlowModel
-from lightning_fdfo.flows.generate import generate
+from lightning_fdfo.flows.conditioning import Conditioning
+from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.prompts import IndexedPrompt, Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import is_for, routes
@@ -57,6 +58,7 @@ class Evaluator:
         self.rows: list[MetricRow] = []
         """What the last `test` has computed."""
         self._unscored: set[str] = set()
+        self._encoded: dict[tuple[object, ...], Conditioning] = {}
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
         names = [name for mixture in self.mixtures for name in mixture.terms]
@@ -83,9 +85,18 @@ class Evaluator:
 
     def expect(self, prompts: Iterable[Prompt]) -> None:
         """Takes the prompts to come: a name that none of them goes to gets no numbers."""
+        self._encoded.clear()
         metadata = [prompt.metadata for prompt in prompts]
         names = [name for mixture in self.mixtures for name in mixture.terms]
         self._unscored = {name for name in names if not any(is_for(name, row) for row in metadata)}
+
+    def encode(self, batch: Sequence[IndexedPrompt]) -> Conditioning:
+        """Conditioning of all rows, on the CPU: a batch that comes again, in the next validation, is encoded once."""
+        prompts, scale = [row.prompt for row in batch], self.module.sampling.guidance_scale
+        key = (scale, *((prompt.text, prompt.negative) for prompt in prompts))
+        if key not in self._encoded:
+            self._encoded[key] = encode_prompts(self.module.flow, prompts, scale, len(prompts)).to("cpu")
+        return self._encoded[key]
 
     def generate(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
         """Images of all rows, [N, 3, H, W] in [0, 1]; latents are a function of seed, index and repeat."""
@@ -97,6 +108,7 @@ class Evaluator:
             sampling=self.module.sampling,
             device=device,
             repeats=[row.repeat for row in batch],
+            conditioning=self.encode(batch),
         )
 
     def score(self, images: Tensor, batch: Sequence[IndexedPrompt], epoch: int) -> dict[str, Scores]:

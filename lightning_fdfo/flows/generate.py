@@ -27,6 +27,7 @@ def generate(
     sampling: Sampling,
     device: torch.device,
     repeats: Sequence[int] | None = None,
+    conditioning: Conditioning | None = None,
 ) -> Tensor:
     """Images for prompts from fixed latents, without churn: [N, 3, H, W] in [0, 1].
 
@@ -38,6 +39,7 @@ def generate(
         sampling: settings; churn is not used.
         device: where the model is.
         repeats: N numbers that tell the images of one prompt apart; None for the first of each.
+        conditioning: of the prompts, if they are encoded already; N rows on any device.
 
     Raises:
         DivergenceError: latents or images are not finite; it names prompt and step.
@@ -47,7 +49,9 @@ def generate(
         generator(Stream.VALIDATION, seed, repeat, index) for index, repeat in zip(indices, repeats, strict=True)
     ]
     latents = stack_normal(generators, *flow.latent_shape(sampling.height, sampling.width)).to(device)
-    conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, len(prompts)).to(device)
+    if conditioning is None:
+        conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, len(prompts))
+    conditioning = conditioning.to(device)
     sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
     velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale))
     end = sample(velocity, latents, sigmas)

@@ -31,8 +31,9 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 """Where a container finds how much memory it may take."""
 WEIGHT_AND_GRADIENT = 2
 """Numbers a weight that trains, whatever the optimiser."""
-BRANCHES, CHANNELS, KEPT = 2, 3, 3
-"""Of a pair; of an image; tensors of a point's size in a batch: latents, velocity and direction."""
+CHANNELS, KEPT, STEP = 3, 3, 3
+"""Of an image; tensors of a point's size in a batch: latents, velocity and direction; those of a step of the
+sampler: latents, velocity and noise."""
 
 
 class Need(NamedTuple):
@@ -153,30 +154,33 @@ def _trained(numel: int, settings: str) -> Need:
 
 
 def _at_rest(module: TrainingModule, numel: int, processes: int) -> list[Need]:
-    """The rollout of this machine's processes; it is held twice while its chunks are joined."""
-    sampling = module.sampling
-    size = processes * memory.rollout_bytes(_pairs(module), sampling.num_steps, numel, 0)
-    settings = (
-        f"num_pairs={module.batching.num_pairs}, num_steps={sampling.num_steps}, {sampling.height} x {sampling.width}"
-    )
-    return [Need("an epoch's rollout", size, 2 * size, settings)]
+    """The rollout of this machine's processes."""
+    sampling, points = module.sampling, _points(module)
+    size = processes * memory.rollout_bytes(_pairs(module), points, numel, 0, sampling.store_dtype.itemsize)
+    settings = f"num_pairs={module.batching.num_pairs}, {points} points a pair, {sampling.height} x {sampling.width}"
+    return [Need("an epoch's rollout", size, size, settings)]
 
 
 def _work(module: TrainingModule, numel: int, fit: bool) -> list[Need]:
-    """A chunk of the rollout with its images, or a batch of points: whichever is larger."""
+    """A chunk of the rollout with its images, or a batch of points: whichever is larger.
+
+    Of each step of the sampler a chunk has its sigma, and for each branch a byte: whether its velocity is finite.
+    """
     if not fit:
         return []
     sampling = module.sampling
     pairs = min(module.batching.rollout_batch_size, _pairs(module))
-    images = BRANCHES * pairs * CHANNELS * sampling.height * sampling.width * memory.FLOAT32
-    chunk = memory.rollout_bytes(pairs, sampling.num_steps, numel, 0) + images
-    points = min(module.batching.batch_size, BRANCHES * sampling.num_steps * _pairs(module))
+    images = memory.BRANCHES * pairs * CHANNELS * sampling.height * sampling.width * memory.FLOAT32
+    step = memory.BRANCHES * pairs * STEP * numel * memory.FLOAT32
+    chunk = step + images + sampling.num_steps * (memory.BRANCHES * pairs + memory.FLOAT32)
+    if module.trainer.strategy.root_device.type != "cpu":  # there it is written to main memory step by step
+        chunk += memory.rollout_bytes(pairs, _points(module), numel, 0, sampling.store_dtype.itemsize)
+    points = min(module.batching.batch_size, _points(module) * _pairs(module))
     batch = KEPT * points * numel * memory.FLOAT32
     settings = f"{sampling.height} x {sampling.width}"
     if chunk >= batch:
-        settings = (
-            f"rollout_batch_size={module.batching.rollout_batch_size}, num_steps={sampling.num_steps}, {settings}"
-        )
+        sizes = f"rollout_batch_size={module.batching.rollout_batch_size}, num_steps={sampling.num_steps}"
+        settings = f"{sizes}, {settings}"
         return [Need("pairs that are rolled out at once", chunk, chunk, settings)]
     return [Need("a batch of points", batch, batch, f"batch_size={module.batching.batch_size}, {settings}")]
 
@@ -184,6 +188,11 @@ def _work(module: TrainingModule, numel: int, fit: bool) -> list[Need]:
 def _pairs(module: TrainingModule) -> int:
     """Of a device, whether or not the plan works out: numbers that are too large are the first thing to say."""
     return max(module.batching.num_pairs // module.trainer.world_size, 0)
+
+
+def _points(module: TrainingModule) -> int:
+    """Of a pair, that are trained on."""
+    return module.batching.num_points_per_pair or memory.BRANCHES * module.sampling.num_steps
 
 
 def _count(transformer: nn.Module) -> int:

@@ -10,6 +10,8 @@ in which texts are encoded come on top. Attention is taken to be fused: no token
 from __future__ import annotations
 
 FLOAT32 = 4
+BRANCHES, PER_BRANCH = 2, 3
+"""Of a pair; tensors of a branch's size: final latents, half differences, directions."""
 VALUES_A_BLOCK = 34
 """Numbers a token and a unit of width that a block keeps for its backward pass: a rule of thumb for training a LoRA.
 Counted on a small SD3: 14 in float32, 21 in mixed precision; to train the whole transformer, 25 and 48."""
@@ -75,21 +77,29 @@ def activation_bytes(
     return kept * points * tokens * width * bytes_per_value
 
 
-def rollout_bytes(pairs: int, num_steps: int, latent_numel: int, conditioning_bytes: int) -> int:
-    """An epoch's rollout as stored on the CPU, all latents and velocities of both branches in float32.
+def rollout_bytes(
+    pairs: int, points_per_pair: int, latent_numel: int, conditioning_bytes: int, velocity_bytes: int = FLOAT32
+) -> int:
+    """An epoch's rollout on the CPU: each point's latents and velocity, and three tensors of a branch.
 
-        2 pairs * (2 num_steps + 1) * latent_numel * 4 + pairs * conditioning_bytes
+        pairs * (points_per_pair * (4 + velocity_bytes) + 2 * 3 * 4) * latent_numel + pairs * conditioning_bytes
+
+    The three are the final latents, their half differences, and the directions.
 
     Args:
         pairs: on this device.
-        num_steps: T: there are T + 1 latents and T velocities a branch.
+        points_per_pair: that are trained on; at most 2T, two branches of T steps.
         latent_numel: numbers of one latent.
         conditioning_bytes: of one prompt's conditioning, which both branches share.
+        velocity_bytes: of a number of a velocity, see `sampling.store`.
 
     Example:
         >>> from lightning_fdfo.files import format_bytes
-        >>> format_bytes(rollout_bytes(pairs=54, num_steps=40, latent_numel=16 * 64 * 64, conditioning_bytes=1_683_456))
-        '2.2 GiB'
+        >>> sizes = {"latent_numel": 16 * 64 * 64, "conditioning_bytes": 1_683_456}
+        >>> format_bytes(rollout_bytes(pairs=54, points_per_pair=80, **sizes))
+        '2.3 GiB'
+        >>> format_bytes(rollout_bytes(pairs=54, points_per_pair=10, **sizes))
+        '437.7 MiB'
     """
-    latents_and_velocities = 2 * pairs * (2 * num_steps + 1) * latent_numel * FLOAT32
-    return latents_and_velocities + pairs * conditioning_bytes
+    numbers = points_per_pair * (FLOAT32 + velocity_bytes) + BRANCHES * PER_BRANCH * FLOAT32
+    return pairs * (numbers * latent_numel + conditioning_bytes)

@@ -25,7 +25,7 @@ from lightning_fdfo.reward.scores import kept_pairs
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import TrajectoryPoints, deal_points
+from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
 from lightning_fdfo.rollout.run_context import RunContext
 from lightning_fdfo.rollout.scores import EpochScores, gather, own_rows, weigh
 from lightning_fdfo.settings import FailurePolicy, Sampling
@@ -91,12 +91,13 @@ class RolloutCollector:
     def __iter__(self) -> Iterator[TrajectoryPoints]:
         epoch = self.context.epoch
         rollout = self.collect(epoch)
-        endpoint_difference = half_differences(rollout.trajectories.latents[:, -1])
+        endpoint_difference = half_differences(rollout.points.ends)
         reward_difference = self.weigh_scores(rollout, endpoint_difference, epoch)
         directions = normalize_difference(endpoint_difference, self.normalization)
         del endpoint_difference
         self.end = time.perf_counter()
-        yield from deal_points(rollout, directions, reward_difference, self.plan, seed=self.seed, epoch=epoch)
+        kept, sigmas, conditioning = rollout.points, rollout.sigmas, rollout.conditioning
+        yield from deal_points(kept, sigmas, conditioning, directions, reward_difference, self.plan)
 
     def prompts_of(self, epoch: int, pairs: range) -> list[Prompt]:
         """The prompts of some of an epoch's pairs, by their global indices."""
@@ -117,14 +118,34 @@ class RolloutCollector:
         prompts = self.prompts_of(epoch, pairs)
         conditioning = self.encode(prompts)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        points = self._allocate(epoch, pairs)
         chunks = []
         for rows in self.context.track(batches):
             own = slice(rows.start, rows.stop)
-            chunks.append(self._roll_out(epoch, pairs[own], prompts[own], conditioning[rows]))
-        return Rollout.cat(chunks)
+            chunks.append(self._roll_out(epoch, pairs[own], prompts[own], conditioning[rows], points[own]))
+        return Rollout.join(chunks, points, conditioning)
+
+    def _allocate(self, epoch: int, pairs: Sequence[int]) -> PairPoints:
+        """Memory for what is kept of an epoch's pairs."""
+        sampling = self.sampling
+        return allocate_points(
+            pairs,
+            sampling.num_steps,
+            self.plan.points_per_pair,
+            self.flow.latent_shape(sampling.height, sampling.width),
+            seed=self.seed,
+            epoch=epoch,
+            store=sampling.store_dtype,
+            pinned=self.context.device.type == "cuda",
+        )
 
     def _roll_out(
-        self, epoch: int, pairs: Sequence[int], prompts: Sequence[Prompt], conditioning: Conditioning
+        self,
+        epoch: int,
+        pairs: Sequence[int],
+        prompts: Sequence[Prompt],
+        conditioning: Conditioning,
+        points: PairPoints,
     ) -> Rollout:
         """One batch of pairs."""
         self.context.announce("on_rollout_batch_start")
@@ -135,6 +156,7 @@ class RolloutCollector:
                 prompts,
                 conditioning,
                 pairs,
+                points,
                 seed=self.seed,
                 epoch=epoch,
                 sampling=self.sampling,

@@ -3,7 +3,7 @@
     conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> scores
 
 Legend: P pairs on this device, 2P branches, T steps, `...` a latent's own axes.
-Everything that is stored lies on the CPU in float32. Nothing here keeps state between epochs.
+Everything that is kept lies on the CPU in float32 (velocities: `sampling.store`), and no state between epochs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
 from lightning_fdfo.reward.scores import Scores
-from lightning_fdfo.sampling import Trajectories, sample_pairs
+from lightning_fdfo.rollout.points import PairPoints
+from lightning_fdfo.sampling import stream_pairs
 from lightning_fdfo.schedules import churn_schedule
 from lightning_fdfo.settings import Sampling
 
@@ -39,8 +40,8 @@ class Rollout(NamedTuple):
     """P texts"""
     sigmas: Tensor
     """[T+1]"""
-    trajectories: Trajectories
-    """latents [2P, T+1, ...] and velocities [2P, T, ...]"""
+    points: PairPoints
+    """the final latents, and the points that train"""
     conditioning: Conditioning
     """P rows"""
     scores: dict[str, Scores]
@@ -51,17 +52,14 @@ class Rollout(NamedTuple):
     """time that it took"""
 
     @staticmethod
-    def cat(chunks: Sequence[Rollout]) -> Rollout:
-        """Joins the chunks of an epoch."""
+    def join(chunks: Sequence[Rollout], points: PairPoints, conditioning: Conditioning) -> Rollout:
+        """Joins the chunks of an epoch, whose points and conditioning are parts of these."""
         return Rollout(
             [pair for chunk in chunks for pair in chunk.pairs],
             [text for chunk in chunks for text in chunk.prompts],
             chunks[0].sigmas,
-            Trajectories(
-                torch.cat([chunk.trajectories.latents for chunk in chunks]),
-                torch.cat([chunk.trajectories.velocities for chunk in chunks]),
-            ),
-            Conditioning.cat([chunk.conditioning for chunk in chunks]),
+            points,
+            conditioning,
             {name: Scores.cat([chunk.scores[name] for chunk in chunks]) for name in chunks[0].scores},
             {name: torch.cat([chunk.statistics[name] for chunk in chunks]) for name in chunks[0].statistics},
             sum(chunk.seconds for chunk in chunks),
@@ -75,6 +73,7 @@ def roll_out(
     prompts: Sequence[Prompt],
     conditioning: Conditioning,
     pairs: Sequence[int],
+    points: PairPoints,
     *,
     seed: int,
     epoch: int,
@@ -90,6 +89,7 @@ def roll_out(
         prompts: one per pair.
         conditioning: of the prompts, a row each, on any device.
         pairs: their global indices in the epoch.
+        points: of these pairs, on the CPU; filled here.
         seed: the run's.
         epoch: the current one.
         sampling: settings.
@@ -107,13 +107,13 @@ def roll_out(
     per_branch = conditioning.to(device)[[row for row in range(len(pairs)) for _ in range(2)]]
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
     names = [f"epoch {epoch}, pair {pair}, prompt {p.text!r}" for pair, p in zip(pairs, prompts, strict=True)]
-    trajectories, images = _sample(flow, per_branch, generators, sampling, device, names)
+    images = _sample(flow, per_branch, generators, sampling, device, names, points)
     scores = _score(rewards, images, prompts, pairs, epoch, drop)
     return Rollout(
         pairs,
         [prompt.text for prompt in prompts],
         flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
-        Trajectories(trajectories.latents.cpu(), trajectories.velocities.cpu()),
+        points,
         conditioning.to("cpu"),
         scores,
         {name: value.cpu() for name, value in image_statistics(images).items()},
@@ -128,8 +128,9 @@ def _sample(
     sampling: Sampling,
     device: torch.device,
     names: Sequence[str],
-) -> tuple[Trajectories, Tensor]:
-    """Both branches' trajectories and images, [2P, 3, H, W].
+    points: PairPoints,
+) -> Tensor:
+    """Both branches' images, [2P, 3, H, W]; fills `points`.
 
     A pair's generator gives its initial latents first, then the fresh noise of both branches at each step.
 
@@ -140,20 +141,24 @@ def _sample(
         sampling: settings.
         device: where the model is.
         names: P, what an error calls the pairs.
+        points: of these pairs, on the CPU.
     """
+    here = points.on(device)
     shape = flow.latent_shape(sampling.height, sampling.width)
     velocity = WatchedVelocity(lambda x, sigma: flow.velocity(x, sigma, conditioning, sampling.guidance_scale))
-    trajectories = sample_pairs(
+    ends = stream_pairs(
         velocity,
         stack_normal(generators, *shape).to(device),
         flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
         churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
         lambda k: stack_normal(generators, 2, *shape).flatten(0, 1).to(device),
+        here.record,
     )
-    ends = trajectories.latents[:, -1]
+    here.ends.copy_(ends)
+    points.take(here)
     images = flow.decode(ends)
     velocity.check(ends, images, [name for name in names for _ in range(2)], conditioning)
-    return trajectories, images
+    return images
 
 
 def _score(

@@ -1,14 +1,16 @@
-"""Points to train on: which of a pair's are chosen, and how an epoch's are dealt into batches.
+"""Points to train on: which of a pair's are chosen, where they are kept, and how they are dealt into batches.
 
-    Rollout, directions, reward differences --stratified choice--> TrajectoryPoints, a batch at a time
+    --choose_points, allocate_points--> an empty PairPoints --the sampler's steps--> a full one --deal_points--> batches
 
-Legend: P pairs on this device, 2P branches, T steps, B points of a batch, `...` a latent's own axes.
-Every function is pure.
+Which points train is known before the rollout, so nothing else of a trajectory is kept.
+
+Legend: P pairs on this device, 2P branches, T steps, n points of a pair, B points of a batch, `...` a latent's axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.randomness import Stream, generator
-from lightning_fdfo.rollout.pairs import Rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 
 
@@ -77,41 +78,117 @@ def choose_points(seed: int, epoch: int, pair: int, num_steps: int, num_points: 
     return torch.stack([chosen % 2, chosen // 2], dim=1)
 
 
-def deal_points(
-    rollout: Rollout,
-    directions: Tensor,
-    reward_difference: Tensor,
-    plan: BatchPlan,
+@dataclass(frozen=True)
+class PairPoints:
+    """What is kept of some pairs' trajectories. The memory is allocated once, and filled while they are sampled."""
+
+    chosen: Tensor
+    """int64 [P, n, 2], on the CPU: branch and step of each point, see `choose_points`"""
+    latents: Tensor
+    """[P, n, ...], float32: x at the points"""
+    velocities: Tensor
+    """[P, n, ...], in the dtype of `sampling.store`: the rollout's velocities there"""
+    ends: Tensor
+    """[2P, ...], float32: the final latents"""
+
+    def __getitem__(self, rows: slice) -> PairPoints:
+        """Some of the pairs: views, through which these are filled."""
+        branches = slice(2 * rows.start, 2 * rows.stop)
+        return PairPoints(self.chosen[rows], self.latents[rows], self.velocities[rows], self.ends[branches])
+
+    def record(self, step: int, latents: Tensor, velocity: Tensor) -> None:
+        """Keeps what is chosen of a step, see `lightning_fdfo.sampling.Record`."""
+        pair, point = (self.chosen[..., 1] == step).nonzero(as_tuple=True)
+        row = 2 * pair + self.chosen[pair, point, 0]
+        self.latents[pair, point] = latents[row]
+        self.velocities[pair, point] = velocity[row].to(self.velocities.dtype)
+
+    def on(self, device: torch.device) -> PairPoints:
+        """Themselves where they are on the device; else empty ones there, to `take` from."""
+        if self.latents.device == device:
+            return self
+        return PairPoints(self.chosen, *(torch.empty_like(each, device=device) for each in self._tensors))
+
+    def take(self, other: PairPoints) -> None:
+        """Copies from another device, which need not wait: numbers are there once later ones of that device are."""
+        if other is not self:
+            for own, theirs in zip(self._tensors, other._tensors, strict=True):
+                own.copy_(theirs, non_blocking=True)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.latents, self.velocities, self.ends
+
+
+def allocate_points(
+    pairs: Sequence[int],
+    num_steps: int,
+    num_points: int,
+    shape: Sequence[int],
     *,
     seed: int,
     epoch: int,
+    store: torch.dtype = torch.float32,
+    pinned: bool = False,
+) -> PairPoints:
+    """Chooses the points of some pairs, and allocates memory for them on the CPU.
+
+    Args:
+        pairs: global indices.
+        num_steps: T.
+        num_points: of each pair; divides 2T.
+        shape: of a latent.
+        seed: the run's.
+        epoch: the current one.
+        store: of velocities.
+        pinned: whether a GPU may copy to it without waiting.
+
+    Example:
+        >>> points = allocate_points(range(3), num_steps=4, num_points=2, shape=(16, 8, 8), seed=0, epoch=0)
+        >>> points.latents.shape, points.ends.shape
+        (torch.Size([3, 2, 16, 8, 8]), torch.Size([6, 16, 8, 8]))
+    """
+    chosen = torch.stack([choose_points(seed, epoch, pair, num_steps, num_points) for pair in pairs])
+    count = len(pairs)
+    return PairPoints(
+        chosen,
+        torch.empty(count, num_points, *shape, pin_memory=pinned),
+        torch.empty(count, num_points, *shape, dtype=store, pin_memory=pinned),
+        torch.empty(2 * count, *shape, pin_memory=pinned),
+    )
+
+
+def deal_points(
+    points: PairPoints,
+    sigmas: Tensor,
+    conditioning: Conditioning,
+    directions: Tensor,
+    reward_difference: Tensor,
+    plan: BatchPlan,
 ) -> Iterator[TrajectoryPoints]:
     """The batches of an epoch: each update takes the same number of points from every pair.
 
     Args:
-        rollout: this device's pairs.
+        points: of this device's pairs.
+        sigmas: [T+1]
+        conditioning: P rows.
         directions: [2P, ...], of each branch, see `normalize_difference`.
         reward_difference: [2P], half differences of the mixture's total.
         plan: the epoch's arithmetic.
-        seed: the run's.
-        epoch: the current one.
     """
-    latents, velocities = rollout.trajectories
-    num_steps = velocities.shape[1]
-    chosen = torch.stack(
-        [choose_points(seed, epoch, pair, num_steps, plan.points_per_pair) for pair in rollout.pairs], dim=1
-    )  # [points, P, 2]
-    rows = torch.arange(len(rollout.pairs)).expand(chosen.shape[:2]).flatten()
-    branches, steps = chosen.flatten(0, 1).unbind(1)
-    for start in range(0, len(rows), plan.batch_size):
+    num_pairs, num_points, _ = points.chosen.shape
+    pairs = torch.arange(num_pairs).repeat(num_points)
+    numbers = torch.arange(num_points).repeat_interleave(num_pairs)
+    for start in range(0, len(pairs), plan.batch_size):
         batch = slice(start, start + plan.batch_size)
-        pair, step = rows[batch], steps[batch]
-        row = 2 * pair + branches[batch]
+        pair, number = pairs[batch], numbers[batch]
+        branch, step = points.chosen[pair, number].unbind(1)
+        row = 2 * pair + branch
         yield TrajectoryPoints(
-            latents[row, step],
-            rollout.sigmas[step],
-            velocities[row, step],
+            points.latents[pair, number],
+            sigmas[step],
+            points.velocities[pair, number].float(),
             directions[row],
             reward_difference[row],
-            rollout.conditioning[pair],
+            conditioning[pair],
         )

@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 
 class EpochLog:
-    """Collects numbers by Lightning's own `log_dict`, and writes those of training when the epoch ends.
+    """Adds numbers up where they are, and logs their means once, when the epoch ends.
 
-    Lightning would write them after the epoch's checkpoint, so that a run killed between the two went on without them.
-    `FDFOModule.on_train_epoch_end` calls `write`: Lightning calls that hook before all checkpoint callbacks.
+        mean = sum(count * value) / sum(count)
+
+    To hand each batch's numbers to Lightning's `log_dict` would cost more than all else that the Trainer does for a
+    batch. They are logged at the last batch, so that they are in `trainer.callback_metrics` when callbacks' hooks of
+    the epoch's end ask for them. Lightning would write them after the epoch's checkpoint, so that a run killed between
+    the two went on without them: `FDFOModule.on_train_epoch_end` calls `write`, and Lightning calls that hook before
+    all checkpoint callbacks.
     """
 
     def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._names: set[str] = set()
 
+    def clear(self) -> None:
+        """Forgets what an earlier `fit` has left of an epoch that it did not end."""
+        self._sums.clear()
+        self._names.clear()
+
     def add(self, module: LightningModule, values: Mapping[str, Any], count: int) -> None:
-        """Adds numbers of this device to their means.
+        """Adds numbers of this device to their means; in validation Lightning's `log_dict` does it.
 
         Args:
             module: attached to a trainer, within one of its hooks.
@@ -29,24 +42,33 @@ class EpochLog:
         trainer = module.trainer
         if trainer.barebones:  # it logs nothing, and would warn of each number
             return
-        if trainer.training:
-            self._names.update(values)
-        devices = trainer.world_size
-        # Lightning divides the number of images by that of devices, in integers: made divisible, it loses nothing.
-        module.log_dict(
-            dict(values),
-            logger=False if trainer.training else None,
-            on_step=False,
-            on_epoch=True,
-            batch_size=count * devices,
-            sync_dist=devices > 1,
-        )
+        if not trainer.training:
+            # Lightning divides the number of images by that of devices, in integers: made divisible, it loses nothing.
+            devices = trainer.world_size
+            module.log_dict(
+                dict(values), on_step=False, on_epoch=True, batch_size=count * devices, sync_dist=devices > 1
+            )
+            return
+        for name, value in values.items():
+            number = torch.as_tensor(value, dtype=torch.float32).detach() * count
+            total, weight = self._sums.get(name, (torch.zeros_like(number), 0))
+            self._sums[name] = (total + number, weight + count)
+
+    def end_batch(self, module: LightningModule) -> None:
+        """Logs the means after an epoch's last batch, over all devices."""
+        trainer = module.trainer
+        if trainer.is_last_batch and self._sums:
+            means = {name: (total / count).to(module.device) for name, (total, count) in self._sums.items()}
+            sync = trainer.world_size > 1
+            module.log_dict(means, logger=False, on_step=False, on_epoch=True, batch_size=1, sync_dist=sync)
+            self._names.update(means)
+            self._sums.clear()
 
     def write(self, trainer: Trainer) -> None:
-        """Writes the epoch's numbers to the loggers, and forgets their names: they come and go, as a share does."""
+        """Writes the epoch's means to the loggers, and forgets their names: they come and go, as a share does."""
         metrics = trainer.callback_metrics
         row = {name: metrics[name].item() for name in sorted(self._names)} | {"epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()
-        self._names.clear()
+        self.clear()

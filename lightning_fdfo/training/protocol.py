@@ -17,6 +17,7 @@ from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Batching, FailurePolicy, Objective, Sampling
+from lightning_fdfo.training.epoch_log import EpochLog
 
 
 class TrainingModule(Protocol):
@@ -35,6 +36,7 @@ class TrainingModule(Protocol):
     resume_overrides: frozenset[str]
     has_trained: bool
     collector: RolloutCollector | None
+    epoch_log: EpochLog
 
     @property
     def trainer(self) -> Trainer:

@@ -21,6 +21,10 @@ class RolloutLog(Callback):
     An epoch's rollout lies behind its first batch. `FDFOModule.configure_callbacks` returns this callback.
     """
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets an epoch that an earlier `fit` did not end."""
+        cast(TrainingModule, pl_module).epoch_log.clear()
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: TrajectoryPoints, batch_idx: int
     ) -> None:

@@ -263,7 +263,10 @@ def rows(model):
         total("single_gpu_80gb", 2),
     ]
     rollout = rollout_bytes(
-        given["batching"]["num_pairs"], given["sampling"]["num_steps"], model.latent, model.conditioning
+        given["batching"]["num_pairs"],
+        given["batching"].get("num_points_per_pair") or 2 * given["sampling"]["num_steps"],
+        model.latent,
+        model.conditioning,
     )
     cells = [f"{size / GIB:.1f}" for size in sizes]
     first = [given["flow"]["init_args"]["pretrained"], f"{weights / 1e9:.2f}", f"{lora / 1e6:.1f}", model.config]

@@ -43,7 +43,7 @@ CASES = [
         ("batching.num_pairs", "1000000000000"),
         r"takes at least \d+\.\d TiB of main memory, which has .*num_pairs=1000000000000",
     ),
-    (("sampling.num_steps", "1000000000"), r"at least \d+\.\d TiB of main memory, .*num_steps=1000000000"),
+    (("sampling.num_steps", "1000000000000"), r"at least \d+\.\d TiB of main memory, .*num_steps=1000000000000"),
     (("batching.batch_size", "1000000007"), r"batch_size=1000000007 must divide the 192 points .*nearest: 192"),
     (("lora.rank", "100000"), r"lora.rank: expected at most 96, .* got 100000"),
     (("sampling.height", "4096"), r"expected at most 64 pixels, for this model has positions for 8 tokens a side"),
@@ -91,7 +91,7 @@ def test_a_rank_above_some_layers_is_told(toy_module, fit):
         fit(toy_module(lora=LoRA(rank=13)), 1)
 
 
-ROLLOUT = memory.rollout_bytes(16, 4, 12, 0)
+ROLLOUT = memory.rollout_bytes(16, 8, 12, 0)
 """Of the toy module."""
 
 
@@ -99,7 +99,7 @@ def test_only_what_is_certain_is_refused_and_what_is_likely_is_told(toy_module, 
     monkeypatch.setattr(capacity, "main_memory", lambda: ROLLOUT)
     with pytest.raises(ConfigurationError, match="this run cannot fit"):  # the weights come on top
         fit(toy_module(), 1)
-    monkeypatch.setattr(capacity, "main_memory", lambda: 3 * ROLLOUT)
+    monkeypatch.setattr(capacity, "main_memory", lambda: 27_000)  # 26 592 bytes are certain, 28 048 likely
     with pytest.warns(UserWarning, match="this run may not fit: it is likely to take"):
         fit(toy_module(), 1)
     monkeypatch.setattr(capacity, "main_memory", lambda: 100 * ROLLOUT)

@@ -10,10 +10,12 @@ from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.flows.lora_files import add_lora
 from lightning_fdfo.flows.quantization import BYTES
 from lightning_fdfo.guards.memory import activation_bytes, rollout_bytes, training_state_bytes, weight_bytes
+from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.points import allocate_points
 from tests.conftest import brightness
 
 NUM_PAIRS, NUM_STEPS = 3, 5
@@ -26,25 +28,31 @@ def flow():
     return flow
 
 
-def test_a_rollout_at_rest_takes_what_it_is_said_to_take(flow):
+@pytest.mark.parametrize(("num_points", "store"), [(10, torch.float32), (2, torch.float32), (10, torch.bfloat16)])
+def test_a_rollout_at_rest_takes_what_it_is_said_to_take(flow, num_points, store):
     sampling = Sampling(num_steps=NUM_STEPS, height=32, width=64)
     prompts = [Prompt(f'"{number}" in red', "", {}, "") for number in range(NUM_PAIRS)]
     conditioning = encode_prompts(flow, prompts, 1.0, NUM_PAIRS)
+    shape = flow.latent_shape(32, 64)
+    points = allocate_points(range(NUM_PAIRS), NUM_STEPS, num_points, shape, seed=0, epoch=0, store=store)
     rollout = roll_out(
         flow,
         RewardMix({"brightness": RewardTerm(brightness)}),
         prompts,
         conditioning,
         range(NUM_PAIRS),
+        points,
         seed=0,
         epoch=0,
         sampling=sampling,
         device=torch.device("cpu"),
     )
-    tensors = [*rollout.trajectories, *rollout.conditioning.tensors.values()]
+    difference = half_differences(rollout.points.ends)
+    tensors = [points.latents, points.velocities, points.ends, difference, normalize_difference(difference)]
+    tensors += rollout.conditioning.tensors.values()
     row = sum(tensor[0].nbytes for tensor in rollout.conditioning.tensors.values())
-    numel = torch.Size(flow.latent_shape(32, 64)).numel()
-    assert sum(tensor.nbytes for tensor in tensors) == rollout_bytes(NUM_PAIRS, NUM_STEPS, numel, row)
+    size = rollout_bytes(NUM_PAIRS, num_points, torch.Size(shape).numel(), row, store.itemsize)
+    assert sum(tensor.nbytes for tensor in tensors) == size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -56,11 +56,11 @@ def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4,
     )
     if calls is not None:
 
-        def run(flow, rewards, prompts, conditioning, pairs, **options):
+        def run(flow, rewards, prompts, conditioning, pairs, points, **options):
             calls.append(([p.text for p in prompts], list(pairs)))
             expected = encode_prompts(flow, prompts, 1.0, batch_size=2).tensors["embeds"]
             assert torch.equal(conditioning.tensors["embeds"], expected)
-            return roll_out(flow, rewards, prompts, conditioning, pairs, **options)
+            return roll_out(flow, rewards, prompts, conditioning, pairs, points, **options)
 
         monkeypatch.setattr(collecting, "roll_out", run)
     return collector

@@ -11,8 +11,8 @@ from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout
+from lightning_fdfo.rollout.points import PairPoints
 from lightning_fdfo.rollout.scores import gather, own_rows, weigh
-from lightning_fdfo.sampling import Trajectories
 
 # four pairs: rows 2i and 2i + 1
 A = torch.tensor([3.0, 1.0, 0.0, 4.0, 5.0, 5.0, 2.0, 0.0])
@@ -34,18 +34,19 @@ def with_masks(values, multiplier):
 
 def rollout(scores, pairs=range(4), routes=None):
     rows = slice(2 * pairs.start, 2 * pairs.stop)
-    latents = torch.zeros(8, 2, 1, 2, 2)
-    latents[::2, -1] = 1.0  # half differences of 1/2 everywhere
-    trajectories = Trajectories(latents[rows], torch.zeros(8, 1, 1, 2, 2)[rows])
+    ends = torch.zeros(8, 1, 2, 2)
+    ends[::2] = 1.0  # half differences of 1/2 everywhere
+    empty = torch.zeros(len(pairs), 0, 1, 2, 2)
+    points = PairPoints(torch.zeros(len(pairs), 0, 2, dtype=torch.long), empty, empty, ends[rows])
     routes = {name: torch.ones(8) for name in scores} | (routes or {})
     made = {name: with_masks(values, routes[name]).select(rows) for name, values in scores.items()}
     statistics = {"brightness": torch.arange(8.0)[rows]}
     sigmas = torch.tensor([1.0, 0.0])
-    return Rollout(pairs, "abcd", sigmas, trajectories, Conditioning({}), made, statistics, seconds=2.0)
+    return Rollout(pairs, "abcd", sigmas, points, Conditioning({}), made, statistics, seconds=2.0)
 
 
 def gathered(rollout, num_pairs, all_sum=lambda sums: sums):
-    return gather(rollout, half_differences(rollout.trajectories.latents[:, -1]), num_pairs, all_sum)
+    return gather(rollout, half_differences(rollout.points.ends), num_pairs, all_sum)
 
 
 def judged(scores, mix, routes=None, epoch=0):

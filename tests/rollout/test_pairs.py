@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.pairs import roll_out
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import choose_points, deal_points
+from lightning_fdfo.rollout.points import allocate_points, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
 
 PROMPTS = [Prompt(text, "", {"row": row}, f"p:{row}") for row, text in enumerate(["a cat", "the dog", "some bird"])]
@@ -18,32 +19,46 @@ SAMPLING = Sampling(num_steps=6, height=2, width=2, churn=0.2)
 CPU = torch.device("cpu")
 
 
-def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0):
+def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0, num_points=None):
     flow = ToyFlow()
     flow.load()
     rewards = RewardMix({"brightness": RewardTerm(brightness)})
     prompts = [PROMPTS[pair % 3] for pair in pairs]
     conditioning = encode_prompts(flow, prompts, sampling.guidance_scale, batch_size=3)
-    return roll_out(flow, rewards, prompts, conditioning, pairs, seed=seed, epoch=epoch, sampling=sampling, device=CPU)
+    steps, run = sampling.num_steps, {"seed": seed, "epoch": epoch}
+    store = sampling.store_dtype
+    points = allocate_points(pairs, steps, num_points or 2 * steps, flow.latent_shape(2, 2), **run, store=store)
+    return roll_out(flow, rewards, prompts, conditioning, pairs, points, sampling=sampling, device=CPU, **run)
+
+
+def starts(rollout):
+    """The initial latents of each branch, [2P, ...]."""
+    chosen = rollout.points.chosen
+    rows = [
+        rollout.points.latents[pair, ((chosen[pair, :, 0] == branch) & (chosen[pair, :, 1] == 0)).nonzero().item()]
+        for pair in range(len(chosen))
+        for branch in range(2)
+    ]
+    return torch.stack(rows)
 
 
 def differences(rollout):
     """Half differences of the final latents and of the rewards."""
     values = rollout.scores["brightness"].values.float()
-    return half_differences(rollout.trajectories.latents[:, -1]), half_differences(values)
+    return half_differences(rollout.points.ends), half_differences(values)
 
 
 def test_shapes_and_rest():
     rollout = make_rollout()
-    assert rollout.trajectories.latents.shape == (8, 7, 3, 2, 2)
-    assert rollout.trajectories.velocities.shape == (8, 6, 3, 2, 2)
+    assert rollout.points.latents.shape == rollout.points.velocities.shape == (4, 12, 3, 2, 2)
+    assert rollout.points.ends.shape == (8, 3, 2, 2)
     assert rollout.scores["brightness"].values.shape == (8,)
-    assert not rollout.trajectories.latents.requires_grad
+    assert not rollout.points.latents.requires_grad
 
 
 def test_without_churn_the_branches_are_one():
     sampling = Sampling(num_steps=6, height=2, width=2, churn=0.0)
-    ends = make_rollout(sampling=sampling).trajectories.latents[:, -1]
+    ends = make_rollout(sampling=sampling).points.ends
     assert torch.equal(half_differences(ends), torch.zeros_like(ends))
 
 
@@ -51,15 +66,48 @@ def test_without_churn_the_branches_are_one():
 def test_a_rollout_does_not_depend_on_its_batch_size(chunks):
     whole = make_rollout()
     parts = [make_rollout(chunk) for chunk in chunks]
-    latents = torch.cat([part.trajectories.latents for part in parts])
-    torch.testing.assert_close(latents, whole.trajectories.latents, rtol=1e-5, atol=1e-6)
-    assert torch.equal(latents[:, 0], whole.trajectories.latents[:, 0])
+    latents = torch.cat([part.points.latents for part in parts])
+    torch.testing.assert_close(latents, whole.points.latents, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.cat([starts(part) for part in parts]), starts(whole))
 
 
 def test_epochs_and_seeds_differ():
-    starts = [make_rollout(seed=s, epoch=e).trajectories.latents[:, 0] for s, e in ((0, 0), (0, 1), (1, 0))]
-    assert not torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[0], starts[2])
+    first, *others = [starts(make_rollout(seed=s, epoch=e)) for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("num_points", [1, 3, 4])
+def test_points_that_are_chosen_first_are_those_of_the_whole_trajectory(num_points):
+    few, whole = make_rollout(num_points=num_points), make_rollout()
+    for pair, chosen in enumerate(few.points.chosen):
+        assert len(chosen) == num_points
+        for point, one in enumerate(chosen):
+            (there,) = (whole.points.chosen[pair] == one).all(dim=1).nonzero().flatten()
+            for name in ("latents", "velocities"):
+                ours, theirs = getattr(few.points, name), getattr(whole.points, name)
+                assert torch.equal(ours[pair, point], theirs[pair, there])
+    assert torch.equal(few.points.ends, whole.points.ends)
+
+
+def test_velocities_may_be_stored_in_bfloat16():
+    exact, stored = make_rollout(), make_rollout(sampling=replace(SAMPLING, store="bfloat16"))
+    assert stored.points.velocities.dtype == torch.bfloat16
+    assert torch.equal(stored.points.latents, exact.points.latents)
+    torch.testing.assert_close(stored.points.velocities.float(), exact.points.velocities, rtol=2**-8, atol=0)
+
+
+def test_another_device_fills_the_same_points():
+    """The meta device stands for one: it has shapes only, so that nothing may look at its numbers."""
+    points = make_rollout(range(2)).points
+    there = points.on(torch.device("meta"))
+    assert points.on(CPU) is points
+    assert there.latents.shape == points.latents.shape
+    assert there.latents.device.type == there.ends.device.type == "meta"
+    copied, ends = points.latents.clone(), points.ends.clone()
+    other = replace(points, latents=copied + 1, ends=ends + 1)
+    points.take(other)
+    assert torch.equal(points.latents, copied + 1)
+    assert torch.equal(points.ends, ends + 1)
 
 
 @pytest.mark.parametrize("num_points", [1, 2, 4, 12])
@@ -78,7 +126,14 @@ def test_batches_hold_what_the_rollout_saw():
     rollout = make_rollout(range(8))
     plan = BatchPlan(num_pairs=8, updates_per_epoch=1, points_per_pair=12, batch_size=96)
     endpoint_difference, reward_difference = differences(rollout)
-    (batch,) = deal_points(rollout, normalize_difference(endpoint_difference), reward_difference, plan, seed=0, epoch=0)
+    (batch,) = deal_points(
+        rollout.points,
+        rollout.sigmas,
+        rollout.conditioning,
+        normalize_difference(endpoint_difference),
+        reward_difference,
+        plan,
+    )
     flow = ToyFlow()
     flow.load()
     with torch.no_grad():

@@ -30,14 +30,16 @@ class Record(Callback):
 
     def on_rollout_end(self, trainer, pl_module, rollout, scores):
         self.folder.mkdir(parents=True, exist_ok=True)
-        latents = rollout.trajectories.latents
+        points = rollout.points
+        order = (2 * points.chosen[..., 1] + points.chosen[..., 0]).argsort(dim=1)
+        starts = [each[order[pair, :2]] for pair, each in enumerate(points.latents)]
         kept = {
             "pairs": list(rollout.pairs),
-            "start": latents[:, 0],
-            "end": latents[:, -1],
+            "start": torch.cat(starts),
+            "end": points.ends,
             "scores": {name: one.values for name, one in rollout.scores.items()},
             "texts": next(iter(rollout.conditioning.tensors.values())).sum(dim=(1, 2)),
-            "bytes": latents.nbytes + rollout.trajectories.velocities.nbytes,
+            "bytes": points.latents.nbytes + points.velocities.nbytes,
         }
         torch.save(kept, self.folder / f"{pl_module.current_epoch}-{trainer.global_rank}.pt")
 

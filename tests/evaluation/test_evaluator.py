@@ -1,0 +1,45 @@
+"""The Evaluator's own: what it keeps between batches, and for how long."""
+
+from contextlib import contextmanager
+
+import torch
+
+from lightning_fdfo import FDFOModule, Sampling
+from lightning_fdfo.prompts import IndexedPrompt, Prompt
+from lightning_fdfo.reward.term import RewardTerm
+from tests.conftest import ToyFlow, brightness
+
+CPU = torch.device("cpu")
+
+
+class CountingFlow(ToyFlow):
+    """Notes what is encoded."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoded = []
+
+    @contextmanager
+    def encoding(self):
+        yield
+
+    def encode(self, prompts, negative_prompts=None):
+        self.encoded.append(list(prompts))
+        return super().encode(prompts)
+
+
+def batch(*texts):
+    return [IndexedPrompt(index, Prompt(text, "", {}, "p:1")) for index, text in enumerate(texts)]
+
+
+def test_a_batch_that_comes_again_is_encoded_once_in_a_command():
+    module = FDFOModule(CountingFlow(), {"brightness": RewardTerm(brightness)}, Sampling(2, 2, 2))
+    module.flow.load()
+    evaluator = module.evaluator
+    first = [evaluator.generate(batch("a cat", "the dog"), CPU) for _ in range(2)]
+    assert torch.equal(*first)
+    evaluator.generate(batch("some bird"), CPU)
+    assert module.flow.encoded == [["a cat", "the dog"], ["some bird"]]
+    evaluator.expect([])  # the next command, which may have another precision
+    evaluator.generate(batch("some bird"), CPU)
+    assert module.flow.encoded[2:] == [["some bird"]]

@@ -1,0 +1,69 @@
+"""How much memory an epoch takes at its peak, against the formula that users are told."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lightning_fdfo import RewardMix, Sampling
+from lightning_fdfo.guards.memory import rollout_bytes
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.plan import BatchPlan
+from tests.conftest import ToyFlow, brightness
+from tests.rollout.test_collector import OneOfSome
+
+PAIRS, STEPS, CHUNK, SHAPE = 64, 20, 4, (16, 64, 64)
+
+
+class LargeFlow(ToyFlow):
+    """Latents of the size of SD3.5's at 512 px, and a velocity that costs nothing."""
+
+    def latent_shape(self, height, width):
+        return SHAPE
+
+    def velocity(self, latents, sigma, conditioning, guidance_scale=1.0):
+        return latents * sigma
+
+    def decode(self, latents):
+        return latents[:, :3, :2, :2].sigmoid()
+
+
+def added(num_points, store):
+    """The peak of resident memory that an epoch adds, in bytes; a small one has made torch allocate its own before."""
+    epoch(2, num_points, store)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    epoch(PAIRS, num_points, store)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def epoch(num_pairs, num_points, store):
+    """Goes through an epoch."""
+    flow = LargeFlow()
+    flow.load()
+    plan = BatchPlan.derive(
+        num_pairs=num_pairs, updates_per_epoch=1, num_steps=STEPS, num_points_per_pair=num_points, batch_size=2,
+        world_size=1,
+    )  # fmt: skip
+    sampling = Sampling(num_steps=STEPS, height=2, width=2, churn=0.1, store=store)
+    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    prompts = [Prompt("a cat", "", {}, "p:1")]
+    collector = RolloutCollector(flow, rewards, prompts, plan, sampling, OneOfSome(0), seed=0, rollout_batch_size=CHUNK)
+    for _ in collector:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_points", "store"), [(40, "float32"), (5, "float32"), (40, "bfloat16")])
+def test_the_peak_is_at_most_115_percent_of_the_formula(num_points, store):
+    """In a process of its own, for a peak never falls."""
+    line = f"from tests.rollout.test_peak_memory import added; print(added({num_points}, {store!r}))"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    peak, itemsize = json.loads(done.stdout), getattr(torch, store).itemsize
+    told = rollout_bytes(PAIRS, num_points, torch.Size(SHAPE).numel(), 0, itemsize)
+    print(f"\n{num_points} of {2 * STEPS} points, {store}: {peak / 2**20:.0f} MiB, {peak / told:.3f} of the formula")
+    assert 0.9 < peak / told <= 1.15
