@@ -91,15 +91,28 @@ class Evaluator:
         self._unscored = {name for name in names if not any(is_for(name, row) for row in metadata)}
 
     def encode(self, batch: Sequence[IndexedPrompt]) -> Conditioning:
-        """Conditioning of all rows, on the CPU: a batch that comes again, in the next validation, is encoded once."""
+        """Conditioning of all rows, on the CPU."""
         prompts, scale = [row.prompt for row in batch], self.module.sampling.guidance_scale
-        key = (scale, *((prompt.text, prompt.negative) for prompt in prompts))
+        return encode_prompts(self.module.flow, prompts, scale, len(prompts)).to("cpu")
+
+    def encode_once(self, batch: Sequence[IndexedPrompt]) -> Conditioning:
+        """The same, kept for the next validation, which has the same batches."""
+        scale = self.module.sampling.guidance_scale
+        key = (scale, *((row.prompt.text, row.prompt.negative) for row in batch))
         if key not in self._encoded:
-            self._encoded[key] = encode_prompts(self.module.flow, prompts, scale, len(prompts)).to("cpu")
+            self._encoded[key] = self.encode(batch)
         return self._encoded[key]
 
-    def generate(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
-        """Images of all rows, [N, 3, H, W] in [0, 1]; latents are a function of seed, index and repeat."""
+    def generate(
+        self, batch: Sequence[IndexedPrompt], device: torch.device, conditioning: Conditioning | None = None
+    ) -> Tensor:
+        """Images of all rows, [N, 3, H, W] in [0, 1]; latents are a function of seed, index and repeat.
+
+        Args:
+            batch: N rows.
+            device: where the model is.
+            conditioning: of the rows, if they are encoded already.
+        """
         return generate(
             self.module.flow,
             [row.prompt for row in batch],
@@ -108,7 +121,7 @@ class Evaluator:
             sampling=self.module.sampling,
             device=device,
             repeats=[row.repeat for row in batch],
-            conditioning=self.encode(batch),
+            conditioning=conditioning,
         )
 
     def score(self, images: Tensor, batch: Sequence[IndexedPrompt], epoch: int) -> dict[str, Scores]:
@@ -126,9 +139,11 @@ class Evaluator:
         scores = total | rewards | (metrics[0] if metrics else {})
         return {name: value for name, value in scores.items() if name not in self._unscored}
 
-    def evaluate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> GeneratedImages:
+    def evaluate(
+        self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int, conditioning: Conditioning
+    ) -> GeneratedImages:
         """Images of all rows, and their scores."""
-        images = self.generate(batch, device)
+        images = self.generate(batch, device, conditioning)
         return GeneratedImages(images, self.score(images, batch, epoch))
 
     def validate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> dict[str, Any]:
@@ -137,7 +152,7 @@ class Evaluator:
         Returns:
             `images` [N, 3, H, W] on the CPU, `prompts`, and `scores`: name -> `Scores`, float32; see `score`.
         """
-        images, scores = self.evaluate(batch, device, epoch)
+        images, scores = self.evaluate(batch, device, epoch, self.encode_once(batch))
         prompts = [row.prompt.text for row in batch if row.counted]
         count = len(prompts)  # the others come last
         return {
@@ -178,10 +193,11 @@ class Evaluator:
 
     def compare(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> None:
         """Adds a batch: images of the tuned model and, from the same latents, of the base."""
-        tuned, untuned = self.evaluate(batch, device, epoch), None
+        conditioning = self.encode(batch)
+        tuned, untuned = self.evaluate(batch, device, epoch, conditioning), None
         if self._base is not None:
             with self._base.in_place():
-                untuned = self.evaluate(batch, device, epoch)
+                untuned = self.evaluate(batch, device, epoch, conditioning)
         self._started().update([row.prompt_index for row in batch if row.counted], tuned, untuned)
 
     def finish_comparison(self) -> list[MetricRow]:

@@ -1,4 +1,7 @@
-"""Generating: encode prompts, sample latents without churn, decode images."""
+"""Generating: encode prompts, sample latents without churn, decode images.
+
+Lightning validates in inference mode. It is off here: what a model caches meanwhile must do for training too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lightning_fdfo.sampling import sample
 from lightning_fdfo.settings import Sampling
 
 
-@torch.inference_mode(False)  # Lightning validates in it; what a model caches meanwhile must do for training too
+@torch.inference_mode(False)
 @torch.no_grad()
 def generate(
     flow: FlowModel,
@@ -60,6 +63,7 @@ def generate(
     return images
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, batch_size: int) -> Conditioning:
     """Conditioning for prompts, a row each; negative prompts are encoded only if guidance uses them.

@@ -173,7 +173,7 @@ def _work(module: TrainingModule, numel: int, fit: bool) -> list[Need]:
     images = memory.BRANCHES * pairs * CHANNELS * sampling.height * sampling.width * memory.FLOAT32
     step = memory.BRANCHES * pairs * STEP * numel * memory.FLOAT32
     chunk = step + images + sampling.num_steps * (memory.BRANCHES * pairs + memory.FLOAT32)
-    if module.trainer.strategy.root_device.type != "cpu":  # there it is written to main memory step by step
+    if module.trainer.strategy.root_device.type != "cpu":  # on the CPU steps write into the rollout at rest
         chunk += memory.rollout_bytes(pairs, _points(module), numel, 0, sampling.store_dtype.itemsize)
     points = min(module.batching.batch_size, _points(module) * _pairs(module))
     batch = KEPT * points * numel * memory.FLOAT32

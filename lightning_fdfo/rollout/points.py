@@ -92,12 +92,20 @@ class PairPoints:
     """[2P, ...], float32: the final latents"""
 
     def __getitem__(self, rows: slice) -> PairPoints:
-        """Some of the pairs: views, through which these are filled."""
+        """Some of the pairs, by a slice that has both ends: views, through which these are filled."""
         branches = slice(2 * rows.start, 2 * rows.stop)
         return PairPoints(self.chosen[rows], self.latents[rows], self.velocities[rows], self.ends[branches])
 
     def record(self, step: int, latents: Tensor, velocity: Tensor) -> None:
-        """Keeps what is chosen of a step, see `lightning_fdfo.sampling.Record`."""
+        """Keeps what is chosen of a step: a `lightning_fdfo.sampling.Record`.
+
+        Example:
+            >>> points = allocate_points(range(1), num_steps=2, num_points=4, shape=(1,), seed=0, epoch=0)
+            >>> for step in range(2):
+            ...     points.record(step, latents=torch.full((2, 1), 10.0 * step), velocity=torch.ones(2, 1))
+            >>> torch.equal(points.latents[0, :, 0], 10.0 * points.chosen[0, :, 1])
+            True
+        """
         pair, point = (self.chosen[..., 1] == step).nonzero(as_tuple=True)
         row = 2 * pair + self.chosen[pair, point, 0]
         self.latents[pair, point] = latents[row]

@@ -15,11 +15,10 @@ class EpochLog:
 
         mean = sum(count * value) / sum(count)
 
-    To hand each batch's numbers to Lightning's `log_dict` would cost more than all else that the Trainer does for a
-    batch. They are logged at the last batch, so that they are in `trainer.callback_metrics` when callbacks' hooks of
-    the epoch's end ask for them. Lightning would write them after the epoch's checkpoint, so that a run killed between
-    the two went on without them: `FDFOModule.on_train_epoch_end` calls `write`, and Lightning calls that hook before
-    all checkpoint callbacks.
+    Lightning's `log_dict` is not called for each batch, where its bookkeeping costs time. The means are logged at the
+    last batch, so that they are in `trainer.callback_metrics` when callbacks' hooks of the epoch's end ask for them.
+    Lightning would write them after the epoch's checkpoint, so that a run killed between the two went on without them:
+    `FDFOModule.on_train_epoch_end` calls `write`, and Lightning calls that hook before all checkpoint callbacks.
     """
 
     def __init__(self) -> None:

@@ -9,8 +9,6 @@ from lightning_fdfo.prompts import IndexedPrompt, Prompt
 from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
-CPU = torch.device("cpu")
-
 
 class CountingFlow(ToyFlow):
     """Notes what is encoded."""
@@ -36,10 +34,20 @@ def test_a_batch_that_comes_again_is_encoded_once_in_a_command():
     module = FDFOModule(CountingFlow(), {"brightness": RewardTerm(brightness)}, Sampling(2, 2, 2))
     module.flow.load()
     evaluator = module.evaluator
-    first = [evaluator.generate(batch("a cat", "the dog"), CPU) for _ in range(2)]
+    with torch.inference_mode():  # as Lightning validates
+        first = [evaluator.encode_once(batch("a cat", "the dog")).tensors["embeds"] for _ in range(2)]
     assert torch.equal(*first)
-    evaluator.generate(batch("some bird"), CPU)
+    assert not first[0].is_inference()
+    evaluator.encode_once(batch("some bird"))
     assert module.flow.encoded == [["a cat", "the dog"], ["some bird"]]
     evaluator.expect([])  # the next command, which may have another precision
-    evaluator.generate(batch("some bird"), CPU)
+    evaluator.encode_once(batch("some bird"))
     assert module.flow.encoded[2:] == [["some bird"]]
+
+
+def test_what_comes_once_is_not_kept(toy_module):
+    """A test's prompts may be many, and their conditioning large."""
+    module = toy_module()
+    module.flow.load()
+    module.evaluator.generate(batch("a cat"), torch.device("cpu"))
+    assert not module.evaluator._encoded

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_fdfo import RewardMix, Sampling
+from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
@@ -94,6 +95,21 @@ def test_velocities_may_be_stored_in_bfloat16():
     assert stored.points.velocities.dtype == torch.bfloat16
     assert torch.equal(stored.points.latents, exact.points.latents)
     torch.testing.assert_close(stored.points.velocities.float(), exact.points.velocities, rtol=2**-8, atol=0)
+
+
+def test_a_flow_that_computes_in_bfloat16_loses_nothing_by_storing_it():
+    flow = StableDiffusion3("tiny-digits", dtype="bfloat16", max_sequence_length=0)
+    flow.load()
+    prompts, shape, run = [Prompt('"427" in red', "", {}, "p:1")], flow.latent_shape(32, 64), {"seed": 0, "epoch": 0}
+    conditioning = encode_prompts(flow, prompts, 1.0, 1)
+    stored = []
+    for dtype in (torch.float32, torch.bfloat16):
+        points = allocate_points([0], 3, 6, shape, store=dtype, **run)
+        rewards = RewardMix({"brightness": RewardTerm(brightness)})
+        sampling = Sampling(num_steps=3, height=32, width=64)
+        roll_out(flow, rewards, prompts, conditioning, [0], points, sampling=sampling, device=CPU, **run)
+        stored.append(points.velocities.float())
+    assert torch.equal(*stored)
 
 
 def test_another_device_fills_the_same_points():
