@@ -329,7 +329,7 @@ def forward_context_in_training_only(self):
 
 
 def from_rollout():
-    return any(frame.function == "_roll_out" for frame in inspect.stack())
+    return any(frame.function == "collect" for frame in inspect.stack())
 
 
 def dropout_module(toy_module, **options):

@@ -20,7 +20,7 @@ from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.function import as_reward
-from lightning_fdfo.rollout.pairs import Rollout, roll_out
+from lightning_fdfo.rollout.pairs import Rollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
 from lightning_fdfo.rollout.scores import gather, weigh
@@ -74,7 +74,7 @@ def _what_trains(module: FDFOModule) -> Finding:
 
 
 def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampling: Sampling) -> Rollout:
-    return roll_out(
+    return start_rollout(
         module.flow,
         module.rewards,
         [prompt],
@@ -85,7 +85,7 @@ def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampli
         epoch=0,
         sampling=sampling,
         device=module.device,
-    )
+    ).result()
 
 
 def _all_points(module: FDFOModule, sampling: Sampling) -> PairPoints:

@@ -23,7 +23,7 @@ from lightning_fdfo.reward.base import Metadata
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.running_std import RunningStd
-from lightning_fdfo.reward.scorer import RewardScorer
+from lightning_fdfo.reward.scorer import RewardScorer, Scoring
 from lightning_fdfo.reward.scores import HalfDifferences, Scores
 from lightning_fdfo.reward.term import parse_terms
 
@@ -108,29 +108,47 @@ class RewardMix:
         routes: Mapping[str, Route] | None = None,
         drop: bool = False,
     ) -> dict[str, Scores]:
-        """Scores a batch.
+        """Scores a batch, and waits for all scores: see `start`."""
+        return self.start(images, prompts, metadata, routes=routes, drop=drop).result()
 
-        Terms on the images' device run here, one after the other; the others meanwhile in a pool of threads, of which
-        each device has one, and each term on the CPU one of its own.
+    def start(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Metadata],
+        *,
+        routes: Mapping[str, Route] | None = None,
+        drop: bool = False,
+    ) -> Scoring:
+        """Starts to score a batch.
+
+        Terms on the images' device run now, one after the other. The others run meanwhile, and go on after this has
+        returned, in a pool of threads, of which each device has one, and each term on the CPU one of its own. A reward
+        need not stand two calls at a time: the next batch is not to start before this one's `result`.
 
         Args:
-            images: [N, 3, H, W], float32 in [0, 1].
+            images: [N, 3, H, W], float32 in [0, 1]; not to be changed before all scores are there.
             prompts: N strings.
             metadata: N mappings.
             routes: name -> which of the images a term sees, see `routing.routes`; None sends all to all.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:
-            name -> each reward's own scores, unweighted, on the CPU.
+            A Scoring, whose `result` is: name -> each reward's own scores, unweighted, on the CPU.
 
         Raises:
-            RewardError: a reward raised something, took longer than its time limit, or gave another shape, or something
-                else than finite real numbers. A failure is never a score. It names the prompt, and `row` says which it
-                is, if the image by itself fails too.
+            RewardError: here or in `result`: a reward raised something, took longer than its time limit, or gave
+                another shape, or something else than finite real numbers. A failure is never a score. It names the
+                prompt, and `row` says which it is, if the image by itself fails too.
+
+        Example:
+            >>> scoring = RewardMix({"JPEGSize": 1.0}).start(torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+            >>> list(scoring.result())
+            ['JPEGSize']
         """
         if routes is None:
             routes = dict.fromkeys(self.terms, Route.everywhere(len(images)))
-        return self._scorer(images, prompts, metadata, routes, drop=drop)
+        return self._scorer.start(images, prompts, metadata, routes, drop=drop)
 
     # The sum
 

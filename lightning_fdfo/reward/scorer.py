@@ -6,8 +6,9 @@ Legend: N images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -28,6 +29,40 @@ MAX_FAILURES = 3
 
 class _OverdueRewardError(RewardError):
     """A reward did not end in time; it may still be running."""
+
+
+class Scoring:
+    """A batch that is being scored.
+
+    Args:
+        names: of the rewards, in their order.
+        pending: what threads give: some of their scores, by name.
+    """
+
+    def __init__(self, names: Sequence[str], pending: Sequence[Future[dict[str, Scores]]]) -> None:
+        self._names = names
+        self._pending = pending
+        self._scores: dict[str, Scores] = {}
+
+    def add(self, scores: Mapping[str, Scores]) -> None:
+        """Adds scores that are there."""
+        self._scores.update(scores)
+
+    def result(self) -> dict[str, Scores]:
+        """Waits for all scores, by name; raises what a reward raised, once no other still runs."""
+        wait(self._pending)
+        for future in self._pending:
+            self._scores |= future.result()
+        return {name: self._scores[name] for name in self._names}
+
+    @contextmanager
+    def ended_on_error(self) -> Iterator[None]:
+        """An error within it waits until no reward still runs; ctrl-C does not."""
+        try:
+            yield
+        except Exception:
+            wait(self._pending)
+            raise
 
 
 class RewardScorer:
@@ -87,7 +122,7 @@ class RewardScorer:
                 stacklevel=2,
             )
 
-    def __call__(
+    def start(
         self,
         images: Tensor,
         prompts: Sequence[str],
@@ -95,8 +130,8 @@ class RewardScorer:
         routes: Mapping[str, Route],
         *,
         drop: bool,
-    ) -> dict[str, Scores]:
-        """Scores a batch; see `RewardMix.__call__`.
+    ) -> Scoring:
+        """Starts to score a batch; see `RewardMix.start`.
 
         Args:
             images: [N, 3, H, W].
@@ -110,18 +145,10 @@ class RewardScorer:
         def score(names: Sequence[str]) -> dict[str, Scores]:
             return {name: self._score_routed(name, images, prompts, metadata, routes[name], drop) for name in names}
 
-        if not elsewhere:
-            return score(here)
-        pending = [start(partial(score, names)) for names in elsewhere]
-        try:
-            scores = score(here)
-        except Exception:
-            wait(pending)  # a caller may use its images again; ctrl-C does not wait
-            raise
-        wait(pending)
-        for future in pending:
-            scores |= future.result()
-        return {name: scores[name] for name in self.rewards}
+        scoring = Scoring(list(self.rewards), [start(partial(score, names)) for names in elsewhere])
+        with scoring.ended_on_error():
+            scoring.add(score(here))
+        return scoring
 
     def _by_thread(self, device: torch.device) -> tuple[list[str], list[list[str]]]:
         """Names of the rewards that run on the images' device, and those of each other thread."""

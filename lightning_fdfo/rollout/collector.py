@@ -1,6 +1,6 @@
 """The training loader: rolls an epoch out, weighs its scores, and deals its points into batches.
 
-    prompts --encode--> conditioning --roll_out, batch by batch--> Rollout --weigh_scores--> EpochScores
+    prompts --encode--> conditioning --start_rollout, batch by batch--> Rollout --weigh_scores--> EpochScores
                                                                       '---------------------------+--> batches of points
 
 Legend: P pairs on this device, 2P branches, `...` a latent's own axes.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.scores import kept_pairs
 from lightning_fdfo.rollout.metrics import rollout_metrics
-from lightning_fdfo.rollout.pairs import Rollout, roll_out
+from lightning_fdfo.rollout.pairs import Rollout, StartedRollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
 from lightning_fdfo.rollout.run_context import RunContext
@@ -119,11 +120,12 @@ class RolloutCollector:
         conditioning = self.encode(prompts)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         points = self._allocate(epoch, pairs)
-        chunks = []
+        begun, started = time.perf_counter(), list[StartedRollout]()
         for rows in self.context.track(batches):
-            own = slice(rows.start, rows.stop)
-            chunks.append(self._roll_out(epoch, pairs[own], prompts[own], conditioning[rows], points[own]))
-        return Rollout.join(chunks, points, conditioning)
+            own, last = slice(rows.start, rows.stop), started[-1] if started else None
+            started.append(self._start(epoch, pairs[own], prompts[own], conditioning[rows], points[own], last))
+        chunks = [one.result() for one in started]
+        return Rollout.join(chunks, points, conditioning, time.perf_counter() - begun)
 
     def _allocate(self, epoch: int, pairs: Sequence[int]) -> PairPoints:
         """Memory for what is kept of an epoch's pairs."""
@@ -139,30 +141,33 @@ class RolloutCollector:
             pinned=self.context.device.type == "cuda",
         )
 
-    def _roll_out(
+    def _start(
         self,
         epoch: int,
         pairs: Sequence[int],
         prompts: Sequence[Prompt],
         conditioning: Conditioning,
         points: PairPoints,
-    ) -> Rollout:
-        """One batch of pairs."""
-        self.context.announce("on_rollout_batch_start")
-        with self.context.precision():
-            return roll_out(
-                self.flow,
-                self.rewards,
-                prompts,
-                conditioning,
-                pairs,
-                points,
-                seed=self.seed,
-                epoch=epoch,
-                sampling=self.sampling,
-                device=self.context.device,
-                drop=self.failures.drops_pairs,
-            )
+        last: StartedRollout | None,
+    ) -> StartedRollout:
+        """Samples one batch of pairs, while the last one is scored."""
+        with nullcontext() if last is None else last.ended_on_error():
+            self.context.announce("on_rollout_batch_start")
+            with self.context.precision():
+                return start_rollout(
+                    self.flow,
+                    self.rewards,
+                    prompts,
+                    conditioning,
+                    pairs,
+                    points,
+                    seed=self.seed,
+                    epoch=epoch,
+                    sampling=self.sampling,
+                    device=self.context.device,
+                    drop=self.failures.drops_pairs,
+                    after=last,
+                )
 
     def weigh_scores(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
         """Gathers the scores of all devices, checks how many pairs were dropped, weighs the rest, and calls callbacks.

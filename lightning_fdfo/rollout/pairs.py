@@ -1,6 +1,8 @@
 """Pairs of an epoch: sampled from noise, decoded to images, and scored.
 
-    conditioning --sample_pairs--> latents, velocities --decode--> images --rewards--> scores
+    conditioning --stream_pairs--> latents, velocities --decode--> images --rewards--> scores
+
+Rewards that run elsewhere than the flow score one batch of pairs while the next one is sampled.
 
 Legend: P pairs on this device, 2P branches, T steps, `...` a latent's own axes.
 Everything that is kept lies on the CPU in float32 (velocities: `sampling.store`), and no state between epochs.
@@ -9,7 +11,8 @@ Everything that is kept lies on the CPU in float32 (velocities: `sampling.store`
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
+from lightning_fdfo.reward.scorer import Scoring
 from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.rollout.points import PairPoints
 from lightning_fdfo.sampling import stream_pairs
@@ -49,10 +53,10 @@ class Rollout(NamedTuple):
     statistics: dict[str, Tensor]
     """name of an image statistic -> [2P]"""
     seconds: float
-    """time that it took"""
+    """from its first step to its last score"""
 
     @staticmethod
-    def join(chunks: Sequence[Rollout], points: PairPoints, conditioning: Conditioning) -> Rollout:
+    def join(chunks: Sequence[Rollout], points: PairPoints, conditioning: Conditioning, seconds: float) -> Rollout:
         """Joins the chunks of an epoch, whose points and conditioning are parts of these."""
         return Rollout(
             [pair for chunk in chunks for pair in chunk.pairs],
@@ -62,12 +66,39 @@ class Rollout(NamedTuple):
             conditioning,
             {name: Scores.cat([chunk.scores[name] for chunk in chunks]) for name in chunks[0].scores},
             {name: torch.cat([chunk.statistics[name] for chunk in chunks]) for name in chunks[0].statistics},
-            sum(chunk.seconds for chunk in chunks),
+            seconds,
         )
 
 
+class StartedRollout:
+    """Pairs that are sampled, and are being scored.
+
+    Args:
+        rollout: of the pairs, without scores.
+        scoring: of both branches' images.
+        epoch: the current one.
+        begun: when their first step began, in seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, rollout: Rollout, scoring: Scoring, epoch: int, begun: float) -> None:
+        self._rollout = rollout
+        self._scoring = scoring
+        self._epoch = epoch
+        self._begun = begun
+
+    def result(self) -> Rollout:
+        """Waits for the scores; raises RewardError, which names the pair, if a reward failed."""
+        with _named(self._rollout.pairs, self._epoch):
+            scores = self._scoring.result()
+        return self._rollout._replace(scores=scores, seconds=time.perf_counter() - self._begun)
+
+    def ended_on_error(self) -> AbstractContextManager[None]:
+        """An error within it waits until no reward still runs; ctrl-C does not."""
+        return self._scoring.ended_on_error()
+
+
 @torch.no_grad()
-def roll_out(
+def start_rollout(
     flow: FlowModel,
     rewards: RewardMix,
     prompts: Sequence[Prompt],
@@ -80,8 +111,9 @@ def roll_out(
     sampling: Sampling,
     device: torch.device,
     drop: bool = False,
-) -> Rollout:
-    """Samples and scores some pairs of an epoch in one batch.
+    after: StartedRollout | None = None,
+) -> StartedRollout:
+    """Samples some pairs of an epoch in one batch, and starts to score them.
 
     Args:
         flow: the model, loaded.
@@ -95,30 +127,37 @@ def roll_out(
         sampling: settings.
         device: where the model is.
         drop: whether a reward's failure leaves an image without a score, with a warning.
+        after: pairs that may still be scored while these are sampled; these are scored after them.
 
     Returns:
-        A Rollout, on the CPU.
+        A StartedRollout, whose `result` is the Rollout, on the CPU.
 
     Raises:
-        RewardError: a reward failed, and `drop` is off; it names the pair.
+        RewardError: here or in `result`: a reward failed, and `drop` is off; it names the pair.
         DivergenceError: latents or images are not finite; it names pair, prompt and step.
     """
-    start = time.perf_counter()
+    begun = time.perf_counter()
     per_branch = conditioning.to(device)[[row for row in range(len(pairs)) for _ in range(2)]]
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
     names = [f"epoch {epoch}, pair {pair}, prompt {p.text!r}" for pair, p in zip(pairs, prompts, strict=True)]
     images = _sample(flow, per_branch, generators, sampling, device, names, points)
-    scores = _score(rewards, images, prompts, pairs, epoch, drop)
-    return Rollout(
+    rollout = Rollout(
         pairs,
         [prompt.text for prompt in prompts],
         flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
         points,
         conditioning.to("cpu"),
-        scores,
+        {},
         {name: value.cpu() for name, value in image_statistics(images).items()},
-        time.perf_counter() - start,
+        0.0,
     )
+    if after is not None:
+        after.result()
+    twice = [prompt for prompt in prompts for _ in range(2)]
+    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    with _named(pairs, epoch):
+        scoring = rewards.start(images, texts, metadata, routes=routes(rewards.terms, metadata), drop=drop)
+    return StartedRollout(rollout, scoring, epoch, begun)
 
 
 def _sample(
@@ -161,14 +200,11 @@ def _sample(
     return images
 
 
-def _score(
-    rewards: RewardMix, images: Tensor, prompts: Sequence[Prompt], pairs: Sequence[int], epoch: int, drop: bool
-) -> dict[str, Scores]:
-    """Scores of both branches' images; a failure names the pair."""
-    twice = [prompt for prompt in prompts for _ in range(2)]
-    texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+@contextmanager
+def _named(pairs: Sequence[int], epoch: int) -> Iterator[None]:
+    """Names the pair, or the pairs, that a reward failed on."""
     try:
-        return rewards(images, texts, metadata, routes=routes(rewards.terms, metadata), drop=drop)
+        yield
     except RewardError as error:
         which = f"pair {pairs[error.row // 2]}" if error.row is not None else f"pairs {pairs[0]} to {pairs[-1]}"
         raise RewardError(f"{which} of epoch {epoch}: {error}") from error

@@ -207,7 +207,7 @@ def test_whatever_happens_what_was_found_before_is_told(config, capsys, monkeypa
     def explode(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    monkeypatch.setattr("lightning_fdfo.commands.doctor_probes.roll_out", explode)
+    monkeypatch.setattr("lightning_fdfo.commands.doctor_probes.start_rollout", explode)
     assert run(["--config", config()]) == 1
     output = capsys.readouterr().out
     assert "estimated memory" in output

@@ -14,7 +14,7 @@ from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.pairs import start_rollout
 from lightning_fdfo.rollout.points import allocate_points
 from tests.conftest import brightness
 
@@ -35,7 +35,7 @@ def test_a_rollout_at_rest_takes_what_it_is_said_to_take(flow, num_points, store
     conditioning = encode_prompts(flow, prompts, 1.0, NUM_PAIRS)
     shape = flow.latent_shape(32, 64)
     points = allocate_points(range(NUM_PAIRS), NUM_STEPS, num_points, shape, seed=0, epoch=0, store=store)
-    rollout = roll_out(
+    rollout = start_rollout(
         flow,
         RewardMix({"brightness": RewardTerm(brightness)}),
         prompts,
@@ -46,7 +46,7 @@ def test_a_rollout_at_rest_takes_what_it_is_said_to_take(flow, num_points, store
         epoch=0,
         sampling=sampling,
         device=torch.device("cpu"),
-    )
+    ).result()
     difference = half_differences(rollout.points.ends)
     tensors = [points.latents, points.velocities, points.ends, difference, normalize_difference(difference)]
     tensors += rollout.conditioning.tensors.values()

@@ -1,17 +1,21 @@
 """The training loader: an epoch of pairs, its scores, and its batches of points."""
 
 import copy
+import itertools
+import threading
+import time
 from contextlib import nullcontext
 
 import pytest
 import torch
 
-from lightning_fdfo import RewardMix
+from lightning_fdfo import Reward, RewardMix
+from lightning_fdfo.errors import RewardError
 from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout import collector as collecting
 from lightning_fdfo.rollout.collector import RolloutCollector
-from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.pairs import start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.run_context import RunContext
 from tests.conftest import ToyFlow, brightness
@@ -60,9 +64,9 @@ def make_collector(rank=0, world_size=1, chunk_size=4, calls=None, num_points=4,
             calls.append(([p.text for p in prompts], list(pairs)))
             expected = encode_prompts(flow, prompts, 1.0, batch_size=2).tensors["embeds"]
             assert torch.equal(conditioning.tensors["embeds"], expected)
-            return roll_out(flow, rewards, prompts, conditioning, pairs, points, **options)
+            return start_rollout(flow, rewards, prompts, conditioning, pairs, points, **options)
 
-        monkeypatch.setattr(collecting, "roll_out", run)
+        monkeypatch.setattr(collecting, "start_rollout", run)
     return collector
 
 
@@ -99,3 +103,83 @@ def test_a_copy_has_no_trainer():
     copied = copy.deepcopy(RunContext(object()))
     with pytest.raises(RuntimeError, match="a copy of a RunContext has no trainer"):
         copied.epoch  # noqa: B018
+
+
+# One batch of pairs is scored while the next one is sampled. `cpu:0` stands for another device than the flow's.
+
+
+class Elsewhere(Reward):
+    """The brightness, on another device: batch n waits for event n, if there is one, and some batches fail."""
+
+    device = "cpu:0"
+
+    def __init__(self, events=(), fails=(), seconds=0.0):
+        self.events, self.fails, self.seconds = events, fails, seconds
+        self.begun = self.ended = 0
+
+    def __call__(self, images, prompts, metadata):
+        assert self.begun == self.ended  # two calls at a time are more than a reward must stand
+        batch, self.begun = self.begun, self.begun + 1
+        if self.events:
+            assert self.events[batch].wait(timeout=10)
+        time.sleep(self.seconds)
+        self.ended += 1
+        if batch in self.fails:
+            raise ValueError("no light")
+        return brightness(images, prompts, metadata)
+
+
+def collector_of(reward):
+    """Four batches of two pairs."""
+    collector = make_collector(chunk_size=2)
+    collector.rewards = RewardMix({"brightness": RewardTerm(reward)})
+    collector.rewards.setup(CPU)
+    return collector
+
+
+def test_a_batch_is_scored_while_the_next_one_is_sampled(monkeypatch):
+    sampled = [threading.Event() for _ in range(4)]
+    (no_next := threading.Event()).set()
+    collector = collector_of(Elsewhere(events=[*sampled[1:], no_next]))
+    decode, count = ToyFlow.decode, itertools.count()
+
+    def watched(self, latents):
+        sampled[next(count)].set()
+        return decode(self, latents)
+
+    monkeypatch.setattr(ToyFlow, "decode", watched)
+    ours = collector.collect(0)
+    monkeypatch.undo()
+    theirs = make_collector(chunk_size=2).collect(0)  # on the flow's device: one after the other
+    assert torch.equal(ours.scores["brightness"].values, theirs.scores["brightness"].values)
+    assert torch.equal(ours.points.latents, theirs.points.latents)
+    assert ours.pairs == theirs.pairs
+
+
+def test_a_failure_that_is_seen_a_batch_later_names_its_own_pairs():
+    with pytest.raises(RewardError, match=r"^pair 2 of epoch 0: .* no light"):
+        collector_of(Elsewhere(fails=(1, 2))).collect(0)  # the second batch, and its first image by itself
+    with pytest.raises(RewardError, match=r"^pair 6 of epoch 0: prompt '.*': reward 'brightness'"):
+        collector_of(Elsewhere(fails=(3, 4))).collect(0)  # the last one
+
+
+@pytest.mark.parametrize(("error", "waits"), [(ValueError, True), (KeyboardInterrupt, False)])
+def test_an_error_waits_for_the_reward_that_still_runs_and_ctrl_c_does_not(error, waits):
+    reward = Elsewhere(seconds=0.3)
+    collector = collector_of(reward)
+
+    def announce(event, *_):
+        if reward.begun:
+            raise error
+
+    collector.context.announce = announce
+    with pytest.raises(error):
+        collector.collect(0)
+    assert (reward.begun, reward.ended) == (1, int(waits))
+
+
+def test_a_rollouts_seconds_are_those_of_the_clock():
+    """Scoring lies beside sampling: their sum would be more than the time that passed."""
+    collector, begun = collector_of(Elsewhere(seconds=0.05)), time.perf_counter()
+    rollout = collector.collect(0)
+    assert 4 * 0.05 <= rollout.seconds <= time.perf_counter() - begun

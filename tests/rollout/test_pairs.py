@@ -10,7 +10,7 @@ from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.pairs import roll_out
+from lightning_fdfo.rollout.pairs import start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import allocate_points, choose_points, deal_points
 from tests.conftest import ToyFlow, brightness
@@ -29,7 +29,9 @@ def make_rollout(pairs=range(4), sampling=SAMPLING, seed=0, epoch=0, num_points=
     steps, run = sampling.num_steps, {"seed": seed, "epoch": epoch}
     store = sampling.store_dtype
     points = allocate_points(pairs, steps, num_points or 2 * steps, flow.latent_shape(2, 2), **run, store=store)
-    return roll_out(flow, rewards, prompts, conditioning, pairs, points, sampling=sampling, device=CPU, **run)
+    return start_rollout(
+        flow, rewards, prompts, conditioning, pairs, points, sampling=sampling, device=CPU, **run
+    ).result()
 
 
 def starts(rollout):
@@ -107,7 +109,7 @@ def test_a_flow_that_computes_in_bfloat16_loses_nothing_by_storing_it():
         points = allocate_points([0], 3, 6, shape, store=dtype, **run)
         rewards = RewardMix({"brightness": RewardTerm(brightness)})
         sampling = Sampling(num_steps=3, height=32, width=64)
-        roll_out(flow, rewards, prompts, conditioning, [0], points, sampling=sampling, device=CPU, **run)
+        start_rollout(flow, rewards, prompts, conditioning, [0], points, sampling=sampling, device=CPU, **run).result()
         stored.append(points.velocities.float())
     assert torch.equal(*stored)
 
