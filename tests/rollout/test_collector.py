@@ -157,7 +157,7 @@ def test_a_batch_is_scored_while_the_next_one_is_sampled(monkeypatch):
 
 
 def test_a_failure_that_is_seen_a_batch_later_names_its_own_pairs():
-    with pytest.raises(RewardError, match=r"^pair 2 of epoch 0: .* no light"):
+    with pytest.raises(RewardError, match=r"^pair 2 of epoch 0: .*no light"):
         collector_of(Elsewhere(fails=(1, 2))).collect(0)  # the second batch, and its first image by itself
     with pytest.raises(RewardError, match=r"^pair 6 of epoch 0: prompt '.*': reward 'brightness'"):
         collector_of(Elsewhere(fails=(3, 4))).collect(0)  # the last one
@@ -165,11 +165,13 @@ def test_a_failure_that_is_seen_a_batch_later_names_its_own_pairs():
 
 @pytest.mark.parametrize(("error", "waits"), [(ValueError, True), (KeyboardInterrupt, False)])
 def test_an_error_waits_for_the_reward_that_still_runs_and_ctrl_c_does_not(error, waits):
-    reward = Elsewhere(seconds=0.3)
+    reward, batches = Elsewhere(seconds=1.0), itertools.count()
     collector = collector_of(reward)
 
-    def announce(event, *_):
-        if reward.begun:
+    def announce(*_):
+        if next(batches):
+            while not reward.begun:
+                time.sleep(0.001)
             raise error
 
     collector.context.announce = announce
