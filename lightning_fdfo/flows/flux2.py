@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from lightning_fdfo.flows.base import Guidance
@@ -56,6 +55,8 @@ class Flux2(DiffusersFlow):
 
     def grid(self, num_steps: int, num_tokens: int) -> dict[str, Any]:
         """The shift follows the number of tokens and of steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # the pipeline: only where it is used
+
         return {
             "sigmas": np.linspace(1.0, 1 / num_steps, num_steps),
             "mu": compute_empirical_mu(num_tokens, num_steps),
