@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
-from lightning_fdfo.commands import exit_code
+from lightning_fdfo.commands import exit_code, kept_help
 from lightning_fdfo.errors import ConfigurationError
 
 SUMMARIES = {
@@ -66,6 +66,10 @@ def _check_command(word: str) -> None:
 
 
 def _lightning() -> None:
+    text = kept_help.find(sys.argv[1:])
+    if text is not None:
+        print(text, end="")
+        raise SystemExit(0)
     from lightning_fdfo.commands import cli
 
     cli.main()

@@ -10,5 +10,4 @@ import torch.utils.tensorboard  # noqa: F401
 import torchmetrics  # noqa: F401
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
-import lightning_fdfo.callbacks
-import lightning_fdfo.commands.cli  # noqa: F401
+import lightning_fdfo.commands.cli  # noqa: F401 - before its parts, as the command does: help lists classes in this order
