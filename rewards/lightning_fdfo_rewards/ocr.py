@@ -13,7 +13,7 @@ is of the target as it is written, without its spaces: where the recogniser sees
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import Metadata, Reward
-from lightning_fdfo_rewards.ocr_lines import as_line
-from lightning_fdfo_rewards.ocr_rapidocr import find_lines, import_package, load_recogniser
+from lightning_fdfo_rewards.ocr_rapidocr import Recogniser, find_lines, import_package, load_recogniser
+from lightning_fdfo_rewards.ocr_reading import Piece, read_images
 from lightning_fdfo_rewards.ocr_scores import (
     ctc_log_likelihood,
     edit_similarity,
@@ -143,7 +143,7 @@ class OCR(Reward):
         if self.score == "likelihood":
             return self._likelihoods(pixels, targets)
         compare = edit_similarity if self.score == "edit_distance" else exact_match
-        texts = self._texts(pixels)
+        texts = self._texts(pixels, targets)
         return torch.tensor(
             [compare(normalise(text), normalise(target)) for text, target in zip(texts, targets, strict=True)]
         )
@@ -152,62 +152,30 @@ class OCR(Reward):
         """Log p(target) / length of each image."""
         recogniser = load_recogniser(self.languages)
         encoded = [recogniser.encode(target) for target in targets]
-        wanted = [sorted(set(indices)) for indices in encoded]
-        spaces = [0, recogniser.indices[" "]]
-
-        def keep(image: int, probabilities: Tensor) -> Tensor:
-            """[columns, blank or space, and the target's characters]: a hundredth of it, the same likelihood."""
-            blank = probabilities[:, spaces].sum(-1, keepdim=True)
-            return torch.cat([blank, probabilities[:, wanted[image]]], dim=-1)
-
-        read = self._read(pixels, keep, min_columns=[2 * len(target) + 1 for target in targets])
+        read = self._read(recogniser, pixels, targets, min_columns=[2 * len(target) + 1 for target in targets])
         return torch.stack(
             [
-                ctc_log_likelihood(join(pieces), [1 + kept.index(one) for one in indices]) / len(indices)
-                for pieces, kept, indices in zip(read, wanted, encoded, strict=True)
+                ctc_log_likelihood(
+                    join([piece.probabilities for piece in pieces]), [1 + wanted.index(one) for one in indices]
+                )
+                / len(indices)
+                for pieces, indices in zip(read, encoded, strict=True)
+                for wanted in [sorted(set(indices))]
             ]
         )
 
-    def _texts(self, pixels: Tensor) -> list[str]:
+    def _texts(self, pixels: Tensor, targets: Sequence[str]) -> list[str]:
         """What is read in each image."""
         if self.backend == "tesseract":
             tesseract = load_tesseract(self.languages)
             return [tesseract.read(image, self.detect) for image in pixels]
         recogniser = load_recogniser(self.languages)
-        read = self._read(pixels, lambda _, probabilities: probabilities.argmax(dim=-1))
-        return ["".join(recogniser.decode(best) for best in pieces) for pieces in read]
+        read = self._read(recogniser, pixels, targets, min_columns=[0] * len(targets))
+        return ["".join(recogniser.decode(piece.best) for piece in pieces) for pieces in read]
 
     def _read(
-        self, pixels: Tensor, keep: Callable[[int, Tensor], Tensor], min_columns: Sequence[int] | None = None
-    ) -> list[list[Tensor]]:
-        """What `keep` leaves of each piece of text in each image.
-
-        Args:
-            pixels: uint8 [N, 3, H, W].
-            keep: the image's index and a piece's probabilities [columns, characters] -> what is kept of them; all of
-                them, of all images, would be gigabytes.
-            min_columns: how many columns each image's pieces must have together.
-        """
-        recogniser = load_recogniser(self.languages)
-        lines: list[Tensor] = []
-        owners: list[int] = []
-        for index, image in enumerate(pixels):
-            pieces = find_lines(image) if self.detect else [image]
-            share = -(-min_columns[index] // len(pieces)) if min_columns else 0
-            lines += [as_line(piece, share) for piece in pieces]
-            owners += [index] * len(pieces)
-        by_width: dict[int, list[int]] = {}
-        for position, line in enumerate(lines):  # no padding to one width: a score must not depend on its batch
-            by_width.setdefault(line.shape[-1], []).append(position)
-        kept: dict[int, Tensor] = {}
-        for positions in by_width.values():
-            for start in range(0, len(positions), self.batch_size):
-                chunk = positions[start : start + self.batch_size]
-                probabilities = recogniser.probabilities([lines[position] for position in chunk])
-                kept |= {
-                    position: keep(owners[position], row) for position, row in zip(chunk, probabilities, strict=True)
-                }
-        read: list[list[Tensor]] = [[] for _ in pixels]
-        for position, owner in enumerate(owners):
-            read[owner].append(kept[position])
-        return read
+        self, recogniser: Recogniser, pixels: Tensor, targets: Sequence[str], min_columns: Sequence[int]
+    ) -> list[list[Piece]]:
+        return read_images(
+            recogniser, pixels, targets, min_columns=min_columns, detect=self.detect, batch_size=self.batch_size
+        )

@@ -68,6 +68,23 @@ def _overlap(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
     return float(common / max(1, min(one[3] - one[1], other[3] - other[1])))
 
 
+def num_columns(height: int, width: int) -> int:
+    """The recogniser's columns of an image that is one line, at least MIN_COLUMNS.
+
+    Example:
+        >>> num_columns(32, 64), num_columns(64, 64)
+        (12, 12)
+        >>> num_columns(32, 128)
+        24
+    """
+    return max(-(-_line_width(height, width) // COLUMN_WIDTH), MIN_COLUMNS)
+
+
+def _line_width(height: int, width: int) -> int:
+    """An image's width in pixels where its height is LINE_HEIGHT."""
+    return max(1, round(LINE_HEIGHT * min(width / height, MAX_LINE_RATIO)))
+
+
 def as_line(image: Tensor, min_columns: int = 0) -> Tensor:
     """An image as the recogniser wants it.
 
@@ -80,10 +97,10 @@ def as_line(image: Tensor, min_columns: int = 0) -> Tensor:
         float32 [3, 48, width] in [-1, 1], BGR, the width a multiple of 8.
     """
     _, height, width = image.shape
-    new_width = max(1, round(LINE_HEIGHT * min(width / height, MAX_LINE_RATIO)))
+    new_width = _line_width(height, width)
     resized = F.interpolate(
         image[None].float(), (LINE_HEIGHT, new_width), mode="bilinear", antialias=height > LINE_HEIGHT
     )
-    padded_width = COLUMN_WIDTH * max(-(-new_width // COLUMN_WIDTH), MIN_COLUMNS, min_columns)
+    padded_width = COLUMN_WIDTH * max(num_columns(height, width), min_columns)
     padded = F.pad(resized, (0, padded_width - new_width, 0, 0), mode="replicate")
     return padded[0].flip(0) / 127.5 - 1

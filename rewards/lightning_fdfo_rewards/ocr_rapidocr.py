@@ -8,12 +8,12 @@ and a test says so when they change.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from torch import Tensor
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo_rewards.ocr_lines import LINE_HEIGHT, at_most_so_narrow, reading_order
 from lightning_fdfo_rewards.ocr_target import normalised, unknown_characters
+
+T = TypeVar("T")
 
 MODELS = (("PP-OCRv6", "small"), ("PP-OCRv5", "mobile"), ("PP-OCRv4", "mobile"))
 """Versions and sizes, best first; the first one is in rapidocr's wheel, others are downloaded."""
@@ -107,6 +109,25 @@ def _not_covered(languages: tuple[str, ...]) -> str:
     return f"OCR: expected languages that one of rapidocr's recognisers reads together, got {table}; take fewer"
 
 
+class LastReading:
+    """A result, kept until another is asked for; may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._result: Any = None
+        self._reading = threading.Lock()  # who comes second waits for the first one's result
+
+    def get(self, key: Hashable, read: Callable[[], T]) -> T:
+        """The kept result if `key` is its own, else that of `read`."""
+        with self._reading:
+            if key != self._key:
+                self._key = self._result = None
+                self._result = read()
+                self._key = key
+            result: T = self._result
+            return result
+
+
 class Recogniser(NamedTuple):
     """rapidocr's recogniser, bare; may be called from any thread."""
 
@@ -118,6 +139,8 @@ class Recogniser(NamedTuple):
     """character -> index, without the blank"""
     readable: frozenset[str]
     """letters and digits that it may read, as they are compared"""
+    last: LastReading
+    """of the last batch of images, for another reward that scores it"""
 
     def probabilities(self, lines: Sequence[Tensor]) -> Tensor:
         """Lines of one width, [3, 48, W] each -> [N, W / 8, characters]."""
@@ -175,7 +198,7 @@ def _load(model: Model) -> Recogniser:
         ) from error
     characters = list(engine.text_rec.postprocess_op.character)
     indices = {character: index for index, character in enumerate(characters) if index}
-    return Recogniser(engine.text_rec.session, characters, indices, normalised(characters[1:]))
+    return Recogniser(engine.text_rec.session, characters, indices, normalised(characters[1:]), LastReading())
 
 
 def _engine(params: dict[str, Any]) -> Any:
