@@ -1,4 +1,4 @@
-"""The same mathematics as a plain PyTorch loop: no Lightning, no module, no callback, no guard, no file, no number logged.
+"""The same mathematics as a plain PyTorch loop: no Lightning, no module, no callback, no guard, no file, no log.
 
 What it takes from the package are random numbers alone (`lightning_fdfo/randomness.py`, and which points of a pair
 train), so that its weights must be those of `fit`.
@@ -56,7 +56,9 @@ class BareLoop:
         """Points to train on: latents, sigma, old velocity, direction, reward difference, texts and pooled texts."""
         sizes, shape = self.sizes, (CHANNELS, self.sizes.side, self.sizes.side)
         prompts = prompt_rows(0, epoch * sizes.pairs, sizes.pairs, len(PROMPTS))
-        texts, pooled = (torch.stack(one) for one in zip(*(embed(PROMPTS[p], sizes.width) for p in prompts), strict=True))
+        texts, pooled = (
+            torch.stack(one) for one in zip(*(embed(PROMPTS[p], sizes.width) for p in prompts), strict=True)
+        )
         sigmas = torch.linspace(1, 0, sizes.steps + 1)
         states, velocities, ends = [], [], []
         for start in range(0, sizes.pairs, sizes.rollout_batch_size):
@@ -87,7 +89,14 @@ class BareLoop:
         return self.choose(epoch, sigmas, torch.cat(states), torch.cat(velocities), torch.cat(ends), texts, pooled)
 
     def choose(
-        self, epoch: int, sigmas: Tensor, states: Tensor, velocities: Tensor, ends: Tensor, texts: Tensor, pooled: Tensor
+        self,
+        epoch: int,
+        sigmas: Tensor,
+        states: Tensor,
+        velocities: Tensor,
+        ends: Tensor,
+        texts: Tensor,
+        pooled: Tensor,
     ) -> tuple[Tensor, ...]:
         """Scores, differences, directions, and the points in the order in which they train."""
         sizes = self.sizes

@@ -102,7 +102,9 @@ def measure(quick: bool = False) -> Table:
                 turns, difference = compare(sizes, case.rounds)
             rows.append(_row(case, sizes, turns) | {"largest_difference_of_a_weight": difference})
     rounds = min(row["rounds"] for row in rows)
-    return Table("overhead", "`fit` against a bare loop", COLUMNS, rows, f"medians of {rounds} epochs or more, in turns")
+    return Table(
+        "overhead", "`fit` against a bare loop", COLUMNS, rows, f"medians of {rounds} epochs or more, in turns"
+    )
 
 
 @contextmanager

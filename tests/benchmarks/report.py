@@ -59,6 +59,15 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if size < 0.1 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
 
 
+def _plain(value: Any) -> Any:
+    """With names of an estimate's numbers, which JSON would leave out."""
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def machine() -> dict[str, Any]:
     """Where it runs."""
     return {
@@ -107,12 +116,13 @@ class Report:
         packages = ", ".join(f"{name} {self.versions[name]}" for name in PACKAGES[:4])
         return (
             f"`{self.command}`, {self.date}, commit {self.versions['commit']}, {self.machine['cpu']} with "
-            f"{self.machine['cores']} cores, Python {self.versions['python']}, {packages}."
+            f"{self.machine['cores']} cores, load before {self.machine['load_before']}, "
+            f"Python {self.versions['python']}, {packages}."
         )
 
     def write(self, folder: Path) -> None:
         """Writes `benchmarks.json` and `benchmarks.md`."""
-        write_text(folder / "benchmarks.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_text(folder / "benchmarks.json", json.dumps(_plain(asdict(self)), indent=1) + "\n")
         text = "\n\n".join(f"## {table.part}\n\n{table.markdown(self.where)}" for table in self.tables)
         write_text(folder / "benchmarks.md", f"{text}\n")
 
@@ -132,8 +142,8 @@ def with_table(text: str, part: str, table: str) -> str:
 
     Example:
         >>> page = "a\\n<!-- table: growth -->\\nold\\n<!-- end of table -->\\nb\\n"
-        >>> print(with_table(page, "growth", "new").replace("\\n", " "))
-        a <!-- table: growth -->  new  <!-- end of table --> b 
+        >>> with_table(page, "growth", "new").split("\\n")
+        ['a', '<!-- table: growth -->', '', 'new', '', '<!-- end of table -->', 'b', '']
     """
     start = f"<!-- table: {part} -->\n"
     before, found, rest = text.partition(start)

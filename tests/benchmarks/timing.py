@@ -1,7 +1,7 @@
 """Interleaved runs, their medians, and how sure these are.
 
-Two things that are compared run in turns, so that what slows the machine for a while slows both. A median is of at least
-`ROUNDS` runs. Intervals hold 95 %, by resampling the rounds.
+Two things that are compared run in turns, so that what slows the machine for a while slows both. A median is of at
+least `ROUNDS` runs. Intervals hold 95 %, by resampling the rounds.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -156,14 +158,18 @@ def fit(module: FDFOModule, epochs: int, folder: Path, *callbacks: Callback) -> 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What runs print goes nowhere."""
+    """What runs print goes nowhere, unless they fail."""
+    said = io.StringIO()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(said), redirect_stderr(said):
             yield
+    except BaseException:
+        print(said.getvalue(), file=sys.stderr)
+        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -172,7 +178,7 @@ def quiet() -> Iterator[None]:
 class EpochClock(Callback):
     """Seconds of each epoch, from its start to the start of the next: hooks of its end, and checkpoints, included.
 
-    The last epoch, which nothing follows, is not counted; nor is the first, in which libraries set up what they keep.
+    The first is not counted: libraries set up in it what they keep.
 
     Args:
         file: where the first process writes them when the run ends, a number a line.
@@ -185,12 +191,12 @@ class EpochClock(Callback):
     @property
     def seconds(self) -> list[float]:
         """Of each counted epoch."""
-        ends = zip(self.starts[1:], self.starts[2:], strict=False)
-        return [end - start for start, end in ends]
+        return [end - start for start, end in itertools.pairwise(self.starts[1:])]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.starts.append(time.perf_counter())
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.starts.append(time.perf_counter())
         if self.file is not None and trainer.is_global_zero:
             write_text(self.file, "\n".join(map(str, self.seconds)))
