@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.randomness import Stream, generator
@@ -163,8 +163,36 @@ def bind_lora(transformer: Any, lora: LoRA, targets: Sequence[str], seed: int) -
             parameter.data = parameter.data.float()
     if lora.dora:
         _set_magnitudes(transformer)
+    elif not lora.dropout:  # DoRA's norms and dropout's factor are rounded to the input's dtype
+        _leave_casts_to_autocast(transformer)
     transformer.eval()  # PEFT leaves its dropouts switched on
     return bound
+
+
+def cast_unless_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A LoRA layer's input in its weights' dtype, or as it is where an autocast sees to that.
+
+    PEFT's layers cast always: under bfloat16 autocast that is a float32 copy of the input, which is cast back at once.
+    Without it the same bits come out. PEFT's bitsandbytes layers do the same as this.
+
+    Args:
+        x: [..., inputs]
+        dtype: of the LoRA's weights.
+
+    Example:
+        >>> x = torch.ones(1, dtype=torch.bfloat16)
+        >>> with torch.autocast("cpu"):
+        ...     inside = cast_unless_autocast(x, torch.float32).dtype
+        >>> inside, cast_unless_autocast(x, torch.float32).dtype
+        (torch.bfloat16, torch.float32)
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+
+def _leave_casts_to_autocast(transformer: nn.Module) -> None:
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer._cast_input_dtype = cast_unless_autocast
 
 
 @torch.no_grad()
