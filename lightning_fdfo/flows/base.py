@@ -177,6 +177,12 @@ class FlowModel(nn.Module, ABC):
         """
         return None
 
+    def compile_transformer(self) -> None:
+        """Called once, when what trains is decided and before weights are sharded; a model may compile now.
+
+        Names of weights must stay: nn.Module's `compile`, which works in place. Nothing by default.
+        """
+
     def train_all(self) -> None:
         """Makes the whole loaded transformer trainable, in float32.
 

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.flows.attention import check_attention, check_takes, set_attention
 from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.compilation import Compile, check_compile, compile_in_place
 from lightning_fdfo.flows.conditioning import Conditioning
-from lightning_fdfo.flows.latents import nearest_multiple, to_unit_range
+from lightning_fdfo.flows.latents import to_unit_range
 from lightning_fdfo.flows.pipeline_source import TEXT_COMPONENTS, PipelineSource
 from lightning_fdfo.flows.quantization import Quantization
 from lightning_fdfo.flows.registry import FlowFamily
@@ -51,6 +53,9 @@ class DiffusersFlow(FlowFamily, FlowModel):
         vae_tiling: decodes in overlapping tiles: less memory for large images, and faint seams.
         quantization: of the frozen transformer: `nf4` or `int8` by bitsandbytes, `int8_torchao` by torchao.
         revision: branch, tag or commit on the hub.
+        compile: the transformer by torch.compile: `regional` each repeated block, `full` as a whole, or `none`.
+        attention: back-end of the transformer's attention, by diffusers' name, such as `_native_cudnn` or `flash_hub`;
+            None leaves diffusers' default, by which PyTorch chooses.
 
     Raises:
         ConfigurationError: no model family serves the pipeline; from `validate` and `load`, if it is of another class
@@ -73,11 +78,14 @@ class DiffusersFlow(FlowFamily, FlowModel):
         vae_tiling: bool = False,
         quantization: Quantization | None = None,
         revision: str | None = None,
+        compile: Compile = "none",
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         _check_choice("dtype", dtype, get_args(Dtype))
         _check_choice("text_encoders", text_encoders, get_args(TextEncoders))
         _check_choice("quantization", quantization, (None, *get_args(Quantization)))
+        _check_choice("compile", compile, get_args(Compile))
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.max_sequence_length = self.sequence_length if max_sequence_length is None else max_sequence_length
         self.gradient_checkpointing = gradient_checkpointing
@@ -86,6 +94,8 @@ class DiffusersFlow(FlowFamily, FlowModel):
         self.vae_tiling = vae_tiling
         self.quantization = quantization
         self.revision = revision
+        self.compilation: Compile = compile  # `compile` is a method of nn.Module
+        self.attention = attention
         self.source = PipelineSource(
             pretrained,
             revision,
@@ -125,6 +135,7 @@ class DiffusersFlow(FlowFamily, FlowModel):
     def _outlined(self) -> Any:
         pipeline = self.source.outline()
         self.adapt(pipeline)
+        check_takes(pipeline.transformer, self.attention)
         return pipeline
 
     def outline(self) -> nn.Module:
@@ -143,6 +154,8 @@ class DiffusersFlow(FlowFamily, FlowModel):
                 f"flow.max_sequence_length: {type(self).__name__} expected {least} to {largest} tokens, got {length}; "
                 f"null takes {self.sequence_length}"
             )
+        check_compile(self.compilation, len(self.block_names), type(self).__name__)
+        check_attention(self.attention)
         self.source.validate()
 
     def load(self) -> None:
@@ -160,6 +173,7 @@ class DiffusersFlow(FlowFamily, FlowModel):
             pipeline.vae.enable_tiling()
         if self.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
+        set_attention(pipeline.transformer, self.attention)
         self._pipeline = pipeline
         self.__dict__.pop("_outlined", None)
         self.transformer = pipeline.transformer
@@ -228,21 +242,6 @@ class DiffusersFlow(FlowFamily, FlowModel):
 
     # Sampling
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(channels, height / f, width / f), where f is the VAE's factor; before `load`, too."""
-        factor, multiple, most = self.pipeline.vae_scale_factor, self.size_multiple, self.max_tokens_a_side
-        if height % multiple or width % multiple:
-            raise ConfigurationError(
-                f"image height and width must be multiples of {multiple}, got {height} x {width}; "
-                f"nearest: {nearest_multiple(height, multiple)} x {nearest_multiple(width, multiple)}"
-            )
-        if most is not None and max(height, width) > most * multiple:
-            raise ConfigurationError(
-                f"image height and width: expected at most {most * multiple} pixels, for this model has positions for "
-                f"{most} tokens a side, got {height} x {width}"
-            )
-        return (self.latent_channels, height // factor, width // factor)
-
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """The scheduler's grid; `height` and `width` matter if it shifts with the size."""
         _, rows, columns = self.latent_shape(height, width)
@@ -282,16 +281,15 @@ class DiffusersFlow(FlowFamily, FlowModel):
         super().train_all()
         self._compute_dtype = torch.float32
 
+    def compile_transformer(self) -> None:
+        """As `compile` says; text encoders and VAE are not compiled."""
+        compile_in_place(self.compilation, self.transformer, self.blocks)
+
     def decode(self, latents: Tensor) -> Tensor:
         """Through the VAE, to [0, 1]."""
         vae = self.pipeline.vae
         images: Tensor = vae.decode(self.unscale(latents).to(vae.dtype), return_dict=False)[0]
         return to_unit_range(images)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The loaded transformer's repeated blocks, in order."""
-        return [block for name in self.block_names for block in getattr(self.transformer, name)]
 
 
 def _check_choice(name: str, given: object, choices: tuple[object, ...]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.conditioning import Conditioning
-from lightning_fdfo.flows.latents import dynamic_shift
+from lightning_fdfo.flows.latents import dynamic_shift, nearest_multiple
 from lightning_fdfo.flows.model_files import read_index, resolve_pretrained
 
 JOINT_ATTENTION = (
@@ -156,6 +156,26 @@ class FlowFamily(ABC):
     def max_tokens_a_side(self) -> int | None:
         """Image tokens in a row or column that the transformer has positions for, if there is an end to them."""
         return None
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(channels, height / f, width / f), where f is the VAE's factor; before `load`, too."""
+        factor, multiple, most = self.pipeline.vae_scale_factor, self.size_multiple, self.max_tokens_a_side
+        if height % multiple or width % multiple:
+            raise ConfigurationError(
+                f"image height and width must be multiples of {multiple}, got {height} x {width}; "
+                f"nearest: {nearest_multiple(height, multiple)} x {nearest_multiple(width, multiple)}"
+            )
+        if most is not None and max(height, width) > most * multiple:
+            raise ConfigurationError(
+                f"image height and width: expected at most {most * multiple} pixels, for this model has positions for "
+                f"{most} tokens a side, got {height} x {width}"
+            )
+        return (self.latent_channels, height // factor, width // factor)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The loaded transformer's repeated blocks, in order."""
+        return [block for name in self.block_names for block in getattr(self.transformer, name)]
 
     @property
     def width(self) -> int:

@@ -64,7 +64,7 @@ def load(flow: FlowModel, guidance_scale: float) -> None:
 
 
 def bind(flow: FlowModel, lora: LoRA | None, lora_file: Path | None, seed: int) -> Sequence[nn.Module]:
-    """Makes a loaded flow ready to train, and says in a line what does.
+    """Makes a loaded flow ready to train, says in a line what does, and lets the flow compile.
 
     Args:
         flow: loaded, without a LoRA.
@@ -75,6 +75,13 @@ def bind(flow: FlowModel, lora: LoRA | None, lora_file: Path | None, seed: int) 
     Returns:
         The dropout layers of a new LoRA.
     """
+    dropouts = _bind(flow, lora, lora_file, seed)
+    flow.compile_transformer()
+    return dropouts
+
+
+def _bind(flow: FlowModel, lora: LoRA | None, lora_file: Path | None, seed: int) -> Sequence[nn.Module]:
+    """The dropout layers of a new LoRA."""
     if lora_file is not None:
         adopted = adopt_lora(flow, lora_file)
         layers = describe_lora(flow.transformer, flow.lora_targets)
