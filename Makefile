@@ -1,4 +1,4 @@
-# make quickstart | test | lint | docs | chaos | benchmark: each makes .venv if there is none and installs the tested versions into it.
+# make quickstart | test | lint | docs | chaos | benchmark | gpu: each makes .venv if there is none and installs the tested versions into it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 export PYTHONDONTWRITEBYTECODE :=
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test lint docs chaos benchmark
+.PHONY: quickstart test lint docs chaos benchmark gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/lightning-fdfo fit --config configs/quickstart.yaml --trainer.default_root_dir $(RUN)
@@ -29,6 +29,9 @@ chaos: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks --page docs/performance.md
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m tests.gpu
 
 $(INSTALLED): pyproject.toml rewards/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
