@@ -167,7 +167,7 @@ class FDFOModule(EvaluationSteps):
         self.fetch_weights()
         if stage == "fit":
             derive_accumulation(self.trainer, self.plan)
-            report_run(self.evaluator.mixtures, self.plan, self.trainer.default_root_dir)
+            report_run(self.evaluator.mixtures, self.plan, self.batching.batch_size, self.trainer.default_root_dir)
 
     @property
     def plan(self) -> BatchPlan:

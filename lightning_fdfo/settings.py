@@ -54,7 +54,8 @@ class Batching:
         num_pairs: pairs per epoch, over all devices.
         updates_per_epoch: optimiser steps per epoch; with 1, `objective.clip_range` has no effect.
         num_points_per_pair: points of a pair that are trained on, stratified in time; None for all 2T.
-        batch_size: points per forward in training, on each device; sets memory only.
+        batch_size: points per forward in training, on each device, at most: the largest number up to it that divides an
+            update's points on a device is taken. Sets memory only.
         rollout_batch_size: pairs per forward in a rollout, on each device; sets memory only.
 
     Raises:

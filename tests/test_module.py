@@ -266,9 +266,14 @@ def test_prompts_are_checked_with_file_and_line_before_the_model_loads(toy_modul
 
 def test_pairs_that_do_not_divide_are_refused_before_the_model_loads(toy_module, fit):
     flow = ToyFlow()
-    with pytest.raises(ConfigurationError, match="batch_size=7 must divide"):
-        fit(toy_module(flow=flow, batch_size=7), 1)
+    with pytest.raises(ConfigurationError, match="updates_per_epoch=7 must divide"):
+        fit(toy_module(flow=flow, updates_per_epoch=7), 1)
     assert not hasattr(flow, "transformer")
+
+
+def test_batches_much_smaller_than_asked_for_are_reported(toy_module, fit):
+    with pytest.warns(UserWarning, match="batch_size=10: no number from 2 to it divides the 11 points of an update"):
+        fit(toy_module(num_pairs=11, updates_per_epoch=8, batch_size=10), 1)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ class BatchPlan:
         num_pairs: pairs per epoch, over all devices.
         updates_per_epoch: optimiser steps per epoch.
         points_per_pair: points of a pair that are trained on, of its 2T.
-        batch_size: points per forward, on each device; sets memory only.
+        batch_size: points per forward, on each device; divides those of an update.
         world_size: number of devices.
 
     Example:
@@ -66,15 +66,15 @@ class BatchPlan:
         batch_size: int,
         world_size: int,
     ) -> BatchPlan:
-        """A plan in which everything divides.
+        """A plan in which everything divides; a batch has at most `batch_size` points, see `largest_divisor`.
 
         Raises:
             ConfigurationError: something does not; the message names the nearest values that do.
 
         Example:
             >>> BatchPlan.derive(num_pairs=48, updates_per_epoch=1, num_steps=10, num_points_per_pair=4,
-            ...                  batch_size=64, world_size=1).batches_per_update
-            3
+            ...                  batch_size=80, world_size=1)
+            BatchPlan(num_pairs=48, updates_per_epoch=1, points_per_pair=4, batch_size=64, world_size=1)
         """
         settings = {
             "num_pairs": num_pairs,
@@ -104,12 +104,8 @@ class BatchPlan:
                 f"num_pairs={num_pairs} does not divide over {world_size} devices; nearest: {_words(valid)}"
             )
         points_per_update = num_pairs // world_size * (points // updates_per_epoch)
-        if points_per_update % batch_size:
-            raise ConfigurationError(
-                f"batch_size={batch_size} must divide the {points_per_update} points of an update on each device; "
-                f"nearest: {_nearest_divisors(points_per_update, batch_size)}"
-            )
-        return cls(num_pairs, updates_per_epoch, points, batch_size, world_size)
+        fitting = largest_divisor(points_per_update, batch_size)
+        return cls(num_pairs, updates_per_epoch, points, fitting, world_size)
 
     def __str__(self) -> str:
         points = f"{self.num_pairs * self.points_per_pair_and_update:,}".replace(",", " ")
@@ -118,6 +114,23 @@ class BatchPlan:
             f"{self.updates_per_epoch} updates of {points} points = "
             f"{self.batches_per_update} batches of {self.batch_size} on each device"
         )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`.
+
+    Args:
+        number: >= 1
+        most: >= 1
+
+    Example:
+        >>> largest_divisor(192, 80), largest_divisor(97, 80), largest_divisor(97, 10**12)
+        (64, 1, 97)
+    """
+    if most <= MAX_TRIED:
+        return next(d for d in range(min(most, number), 0, -1) if number % d == 0)
+    first = -(-number // most)  # the larger the divisor, the smaller the quotient
+    return next((number // q for q in range(first, first + MAX_TRIED) if number % q == 0), 1)
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.plan import BatchPlan
 
 
-def report_run(mixtures: Sequence[RewardMix], plan: BatchPlan, folder: str) -> None:
-    """Three lines on a run that is about to begin: its rewards, the arithmetic of its epochs, and its folder."""
+def report_run(mixtures: Sequence[RewardMix], plan: BatchPlan, batch_size: int, folder: str) -> None:
+    """Three lines on a run that is about to begin: its rewards, the arithmetic of its epochs, and its folder.
+
+    Args:
+        mixtures: the rewards, and the metrics if there are any.
+        plan: of an epoch.
+        batch_size: what was asked for; a warning says if the plan's is half of it or less, which takes time.
+        folder: of the run.
+    """
     rank_zero_info(describe_rewards(*(mixture.terms for mixture in mixtures)))
     rank_zero_info(f"Plan: {plan}")
     rank_zero_info(f"Folder: {folder}")
+    points = plan.batch_size * plan.batches_per_update
+    if 2 * plan.batch_size <= min(batch_size, points):
+        rank_zero_warn(
+            f"batch_size={batch_size}: no number from {plan.batch_size + 1} to it divides the {points} points of an "
+            f"update on a device, which go in batches of {plan.batch_size}: slower than need be; choose a num_pairs "
+            "with more divisors"
+        )
 
 
 def describe_model(flow: object) -> str:

@@ -214,7 +214,7 @@ def files(tmp_path):
         ("--data.train={tmp}/empty.txt", r"empty\.txt is empty"),
         ("--data.train={tmp}/latin.txt", r"latin\.txt:1: not UTF-8"),
         ("--data.train={tmp}/untold.txt", r"untold\.txt:2: OCR needs"),
-        ("--model.batching.num_pairs=47", r"batch_size=192 must divide the 188 points"),
+        ("--model.batching.updates_per_epoch=3", r"updates_per_epoch=3 must divide the 4 points of a pair"),
         ("--model.flow.init_args.pretrained={tmp}/folder", r"is no diffusers pipeline"),
         ("--model.flow.init_args.pretrained=tiny-digit", r"'tiny-digit', which is none of these"),
         ("--model.lora.targets=[attn.to_w]", r"'attn.to_w' matches no linear layer"),

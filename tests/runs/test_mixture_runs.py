@@ -68,7 +68,7 @@ def overlay(folder):
 def fit(folder, *more, devices=1):
     ways = {
         1: ["--model.batching.batch_size=16"],
-        2: ["--model.batching.batch_size=8", "--config=configs/ddp.yaml", "--trainer.devices=2"],
+        2: ["--config=configs/ddp.yaml", "--trainer.devices=2"],
     }
     arguments = ["--config=configs/quickstart.yaml", f"--config={overlay(folder)}", *ways[devices], *more]
     processes.run_checked(["fit", *arguments, f"--trainer.default_root_dir={folder / 'run'}"], devices)
