@@ -266,11 +266,9 @@ class FDFOModule(EvaluationSteps):
         """The flow's velocity at a batch's points, as the rollout takes it: [B, ...]."""
         return self.flow.velocity(batch.latents, batch.sigma, batch.conditioning, self.sampling.guidance_scale)
 
-    @torch.no_grad()
     def base_velocity(self, batch: TrajectoryPoints) -> Tensor:
         """The base model's velocity there: [B, ...]."""
-        with cast(BaseWeights, self.base).in_place():
-            return self.velocity(batch)
+        return cast(BaseWeights, self.base).velocity(batch.latents, partial(self.velocity, batch))
 
     def on_train_batch_end(self, outputs: Any, batch: TrajectoryPoints, batch_idx: int) -> None:
         self.dropout.switch(False)

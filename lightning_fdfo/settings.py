@@ -103,7 +103,7 @@ class FailurePolicy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What validation and `test` compute beside the rewards and the image statistics.
+    """What validation and `test` compute beside the rewards and the image statistics, and how often drift is measured.
 
     Args:
         metrics: rewards that are scored in validation and `test` only, in the form of `rewards`; their weights mean
@@ -115,6 +115,8 @@ class Evaluation:
             installed. None leaves diversity out.
         confidence: of the win rates' intervals, in (0, 1).
         num_resamples: of their bootstrap.
+        drift_every: epochs from one measurement of `train/drift` to the next; the first is in epoch 0. Each takes a
+            forward of the base model at the epoch's first batch.
 
     Raises:
         ConfigurationError: a setting out of its range.
@@ -125,8 +127,10 @@ class Evaluation:
     diversity: str | None = None
     confidence: float = 0.95
     num_resamples: int = 9999
+    drift_every: int = 1
 
     def __post_init__(self) -> None:
+        check_number("evaluation.drift_every", self.drift_every, at_least=1)
         if not 0 < self.confidence < 1 or self.num_resamples < 1:
             raise ConfigurationError(f"evaluation: expected 0 < confidence < 1 and num_resamples >= 1, got {self}")
 

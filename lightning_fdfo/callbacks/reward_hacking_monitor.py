@@ -119,6 +119,12 @@ class RewardHackingMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ConfigurationError for a statistic or a reward that does not exist."""
+        every = getattr(getattr(pl_module, "evaluation", None), "drift_every", 1)
+        if "train/drift" in self.bands and every != 1:
+            raise ConfigurationError(
+                f"RewardHackingMonitor: a band of train/drift needs its number in each epoch: expected "
+                f"model.evaluation.drift_every 1, got {every}"
+            )
         known = {f"image/{name}" for name in STATISTICS}
         terms = getattr(getattr(pl_module, "rewards", None), "terms", {})
         for name in self.bands:

@@ -16,7 +16,7 @@ from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.points import TrajectoryPoints
-from lightning_fdfo.settings import Batching, FailurePolicy, Objective, Sampling
+from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
 from lightning_fdfo.training.epoch_log import EpochLog
 
 
@@ -28,6 +28,7 @@ class TrainingModule(Protocol):
     sampling: Sampling
     batching: Batching
     objective: Objective
+    evaluation: Evaluation
     lora: LoRA | None
     lora_file: Path | None
     optimizer: OptimizerCallable

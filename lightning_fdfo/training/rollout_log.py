@@ -18,7 +18,8 @@ from lightning_fdfo.training.step import drift
 class RolloutLog(Callback):
     """Logs the collector's numbers, `train/drift` of a LoRA, and `train/points_per_second`.
 
-    An epoch's rollout lies behind its first batch. `FDFOModule.configure_callbacks` returns this callback.
+    The drift takes the base model's velocity at an epoch's first batch: a forward of its own, unless a `kl_weight`
+    needs it too. An epoch's rollout lies behind its first batch. `FDFOModule.configure_callbacks` returns this callback.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,7 +34,7 @@ class RolloutLog(Callback):
             return
         module = cast(TrainingModule, pl_module)
         metrics: dict[str, Any] = dict(cast(RolloutCollector, module.collector).metrics)
-        if module.lora is not None:
+        if module.lora is not None and trainer.current_epoch % module.evaluation.drift_every == 0:
             with trainer.precision_plugin.forward_context():
                 base_velocity = module.base_velocity(batch)
             metrics["train/drift"] = drift(batch.old_velocity, base_velocity, partial(all_sum, trainer))
