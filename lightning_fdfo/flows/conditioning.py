@@ -41,8 +41,13 @@ class Conditioning:
         return Conditioning({name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same on another device."""
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        """The same on another device; what is pinned is copied to a GPU without waiting."""
+        ahead = torch.device(device).type == "cuda"
+        return Conditioning({name: tensor.to(device, non_blocking=ahead) for name, tensor in self.tensors.items()})
+
+    def pin_memory(self) -> Conditioning:
+        """The same in pinned memory, from which a GPU copies without making the program wait."""
+        return Conditioning({name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
     def with_negatives(self, negatives: Mapping[str, Tensor]) -> Conditioning:
         """The same, and beside it the tensors of negative prompts, which are named `negative_…`."""

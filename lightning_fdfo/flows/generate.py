@@ -66,7 +66,9 @@ def generate(
 @torch.inference_mode(False)
 @torch.no_grad()
 def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: float, batch_size: int) -> Conditioning:
-    """Conditioning for prompts, a row each; negative prompts are encoded only if guidance uses them.
+    """Conditioning for prompts, a row each; texts that come several times are encoded once.
+
+    Negative prompts are encoded only if guidance uses them.
 
     Args:
         flow: the model, loaded; its text encoders are on the device while this runs, and need not be otherwise.
@@ -75,10 +77,13 @@ def encode_prompts(flow: FlowModel, prompts: Sequence[Prompt], guidance_scale: f
         batch_size: texts that are encoded at once.
     """
     with_negatives = flow.uses_negatives(guidance_scale)
+    texts = [(prompt.text, prompt.negative if with_negatives else "") for prompt in prompts]
+    different = list(dict.fromkeys(texts))
+    rows = {text: row for row, text in enumerate(different)}
     parts = []
     with flow.encoding():
-        for start in range(0, len(prompts), batch_size):
-            chunk = prompts[start : start + batch_size]
-            negatives = [prompt.negative for prompt in chunk] if with_negatives else None
-            parts.append(flow.encode([prompt.text for prompt in chunk], negatives))
-    return Conditioning.cat(parts)
+        for start in range(0, len(different), batch_size):
+            chunk, negatives = map(list, zip(*different[start : start + batch_size], strict=True))
+            parts.append(flow.encode(chunk, negatives if with_negatives else None))
+    encoded = Conditioning.cat(parts)
+    return encoded if len(different) == len(texts) else encoded[[rows[text] for text in texts]]

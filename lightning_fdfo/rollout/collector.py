@@ -98,7 +98,9 @@ class RolloutCollector:
         del endpoint_difference
         self.end = time.perf_counter()
         kept, sigmas, conditioning = rollout.points, rollout.sigmas, rollout.conditioning
-        yield from deal_points(kept, sigmas, conditioning, directions, reward_difference, self.plan)
+        batches = deal_points(kept, sigmas, conditioning, directions, reward_difference, self.plan)
+        pinned = self.context.device.type == "cuda"
+        yield from map(TrajectoryPoints.pin_memory, batches) if pinned else batches
 
     def prompts_of(self, epoch: int, pairs: range) -> list[Prompt]:
         """The prompts of some of an epoch's pairs, by their global indices."""

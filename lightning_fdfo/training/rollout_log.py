@@ -19,7 +19,9 @@ class RolloutLog(Callback):
     """Logs the collector's numbers, `train/drift` of a LoRA, and `train/points_per_second`.
 
     The drift takes the base model's velocity at an epoch's first batch: a forward of its own, unless a `kl_weight`
-    needs it too. An epoch's rollout lies behind its first batch. `FDFOModule.configure_callbacks` returns this callback.
+    needs it too. An epoch's rollout lies behind its first batch.
+
+    `FDFOModule.configure_callbacks` returns this callback.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

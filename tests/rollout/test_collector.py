@@ -185,3 +185,21 @@ def test_a_rollouts_seconds_are_those_of_the_clock():
     collector, begun = collector_of(Elsewhere(seconds=0.05)), time.perf_counter()
     rollout = collector.collect(0)
     assert 4 * 0.05 <= rollout.seconds <= time.perf_counter() - begun
+
+
+def test_batches_for_a_gpu_are_pinned(monkeypatch):
+    """No GPU is needed to see what is asked for; the sampler itself stays on the CPU."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    collector = make_collector()
+    rollout = collector.collect(0)
+    monkeypatch.setattr(collector, "collect", lambda epoch: rollout)
+    plain = list(collector)
+    assert not pinned
+    collector.context.device = torch.device("cuda")
+    for batch, theirs in zip(collector, plain, strict=True):
+        own = [*batch[:5], *batch.conditioning.tensors.values()]
+        assert len(pinned) == len(own)
+        assert all(one is other for one, other in zip(pinned, own, strict=True))
+        assert torch.equal(batch.latents, theirs.latents)
+        pinned.clear()

@@ -202,6 +202,19 @@ def test_texts_are_encoded_while_the_encoders_are_there_and_negatives_only_for_g
     assert flow.log == ["open", (2, None), (1, None), "closed", "open", (1, [""]), "closed"]
 
 
+def test_a_text_that_comes_several_times_is_encoded_once():
+    flow, again = CountingFlow(), [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[0]]
+    rows = encode_prompts(flow, again, 1.0, batch_size=2).tensors["embeds"]
+    assert flow.log == ["open", (2, None), (1, None), "closed"]
+    assert torch.equal(rows, encode_prompts(ToyFlow(), PROMPTS, 1.0, batch_size=3)[[1, 0, 1, 2, 0]].tensors["embeds"])
+
+
+def test_texts_with_other_negatives_are_others():
+    flow = CountingFlow()
+    encode_prompts(flow, [PROMPTS[0]._replace(negative=negative) for negative in ("a", "b", "a")], 2.0, batch_size=4)
+    assert flow.log == ["open", (2, ["a", "b"]), "closed"]
+
+
 class EmbeddedFlow(CountingFlow):
     guidance = "embedded"
 
