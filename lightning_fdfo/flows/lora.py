@@ -186,7 +186,8 @@ def cast_unless_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
         >>> inside, cast_unless_autocast(x, torch.float32).dtype
         (torch.bfloat16, torch.float32)
     """
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+    there = not x.is_meta  # the meta device has no autocast, and refuses the question
+    return x if there and torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def _leave_casts_to_autocast(transformer: nn.Module) -> None:

@@ -84,6 +84,7 @@ def test_the_parts_of_an_epoch_add_up_and_each_is_seen():
     assert rows["other"]["each"][0] < 0.5 * whole
 
 
+@pytest.mark.slow
 def test_growth_and_memory_have_all_rows():
     table = growth.measure(quick=True)
     assert [row["grows"] for row in table.rows][:-1] == list(growth.SERIES)
