@@ -15,8 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_fdfo.errors import ConfigurationError
 
-BACKENDS = tuple(backend.value for backend in AttentionBackendName if "sage" not in backend.value)
-"""Diffusers' names, without SageAttention's kernels: they have no gradient."""
+BACKENDS = tuple(
+    backend.value
+    for backend in AttentionBackendName
+    if "sage" not in backend.value and not backend.value.endswith("_hub")
+)
+"""Diffusers' names, without SageAttention's kernels, which have no gradient, and without those whose code is fetched
+from the hub and run."""
 ON_CPU = ("native", "flex", "_native_flash", "_native_math")
 """Those that do not need an accelerator."""
 KERNELS = {

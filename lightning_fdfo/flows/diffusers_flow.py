@@ -54,7 +54,7 @@ class DiffusersFlow(FlowFamily, FlowModel):
         quantization: of the frozen transformer: `nf4` or `int8` by bitsandbytes, `int8_torchao` by torchao.
         revision: branch, tag or commit on the hub.
         compile: the transformer by torch.compile: `regional` each repeated block, `full` as a whole, or `none`.
-        attention: back-end of the transformer's attention, by diffusers' name, such as `_native_cudnn` or `flash_hub`;
+        attention: back-end of the transformer's attention, by diffusers' name, such as `_native_cudnn` or `flash`;
             None leaves diffusers' default, by which PyTorch chooses.
 
     Raises:

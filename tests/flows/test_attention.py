@@ -40,6 +40,13 @@ def test_math_reaches_every_attention_and_gives_the_same_velocities(representati
     assert (velocity(flow, representative) - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["flash_hub", "_flash_3_hub", "sage"])
+def test_code_that_the_hub_would_send_and_kernels_without_gradient_are_refused(name):
+    assert name in [backend.value for backend in AttentionBackendName]
+    with pytest.raises(ConfigurationError, match=rf"^flow\.attention: expected one of flash, .*, got '{name}'"):
+        check_attention(name)
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux dev"])
 def test_the_kernel_is_the_one_that_computes(name, folder_of):
     """One that the CPU does not have fails, so the name is heard."""
@@ -77,9 +84,9 @@ def test_checkpointed_blocks_run_again_with_the_same_kernel(conditioning):
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_every_name_of_diffusers_is_one_but_those_without_a_gradient():
+def test_every_name_of_diffusers_is_one_but_those_without_a_gradient_or_from_the_hub():
     names = {backend.value for backend in AttentionBackendName}
-    assert set(BACKENDS) == {name for name in names if "sage" not in name}
+    assert set(BACKENDS) == {name for name in names if "sage" not in name and "_hub" not in name}
     assert set(KERNELS) | set(attention.ON_CPU) <= set(BACKENDS)
 
 
