@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_fdfo.errors import RewardError
+from lightning_fdfo.errors import RewardError, StoppedError
 from lightning_fdfo.files import is_first_process
 from lightning_fdfo.reward.base import Metadata, Reward
 from lightning_fdfo.reward.call import check_device, check_prompt, guarded, overdue, score_images
@@ -57,10 +57,13 @@ class Scoring:
 
     @contextmanager
     def ended_on_error(self) -> Iterator[None]:
-        """An error within it waits until no reward still runs; ctrl-C does not."""
+        """An error within it, or the end of a run that was asked for, waits until no reward still runs; ctrl-C does not.
+
+        A thread that is still in a reward's code when the process ends could abort it, with another exit code.
+        """
         try:
             yield
-        except Exception:
+        except (Exception, StoppedError):
             wait(self._pending)
             raise
 

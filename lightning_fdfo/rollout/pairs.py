@@ -93,7 +93,7 @@ class StartedRollout:
         return self._rollout._replace(scores=scores, seconds=time.perf_counter() - self._begun)
 
     def ended_on_error(self) -> AbstractContextManager[None]:
-        """An error within it waits until no reward still runs; ctrl-C does not."""
+        """See `Scoring.ended_on_error`."""
         return self._scoring.ended_on_error()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_fdfo import Reward, RewardMix
-from lightning_fdfo.errors import RewardError
+from lightning_fdfo.errors import RewardError, StoppedError
 from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout import collector as collecting
@@ -163,7 +163,7 @@ def test_a_failure_that_is_seen_a_batch_later_names_its_own_pairs():
         collector_of(Elsewhere(fails=(3, 4))).collect(0)  # the last one
 
 
-@pytest.mark.parametrize(("error", "waits"), [(ValueError, True), (KeyboardInterrupt, False)])
+@pytest.mark.parametrize(("error", "waits"), [(ValueError, True), (StoppedError, True), (KeyboardInterrupt, False)])
 def test_an_error_waits_for_the_reward_that_still_runs_and_ctrl_c_does_not(error, waits):
     reward, batches = Elsewhere(seconds=1.0), itertools.count()
     collector = collector_of(reward)
