@@ -57,7 +57,7 @@ class Scoring:
 
     @contextmanager
     def ended_on_error(self) -> Iterator[None]:
-        """An error within it, or the end of a run that was asked for, waits until no reward still runs; ctrl-C does not.
+        """An error within it, or a stop that was asked for, waits until no reward still runs; ctrl-C does not.
 
         A thread that is still in a reward's code when the process ends could abort it, with another exit code.
         """
