@@ -153,7 +153,7 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         torch.tensor([1.0, -1.0]),
         plan,
     )
-    rows = torch.arange(module.batching.batch_size) % (2 * num_steps)
+    rows = torch.arange(module.plan.batch_size) % (2 * num_steps)
     chosen: list[Any] = [values[rows].to(module.device) for values in batch]
     return TrajectoryPoints(*chosen)
 
@@ -229,7 +229,7 @@ def estimate(module: FDFOModule, conditioning: Conditioning) -> dict[str, int]:
         sampling = module.sampling
         parts["activations of a batch"] = memory.activation_bytes(
             len(module.flow.blocks),
-            module.batching.batch_size * (2 if module.flow.uses_negatives(sampling.guidance_scale) else 1),
+            module.plan.batch_size * (2 if module.flow.uses_negatives(sampling.guidance_scale) else 1),
             module.flow.num_tokens(sampling.height, sampling.width, conditioning),
             module.flow.width,
             bytes_per_value=4 if module.trainer.precision == "32-true" else 2,

@@ -50,9 +50,7 @@ class KernelProcessor:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """What the processor gives."""
-        with sdpa_kernel(
-            self.kernel
-        ):  # in here, not around the model: checkpointing runs blocks again, in the backward
+        with sdpa_kernel(self.kernel):  # here, not around the model: a checkpointed block runs again in the backward
             return self.processor(*args, **options)
 
 

@@ -35,7 +35,7 @@ REFUSED: Mapping[type[Callback], str] = {
     "and with another one an update has a gradient of another size; leave it out",
     StochasticWeightAveraging: f"{_AVERAGES}; use lightning_fdfo.callbacks.EMA",
     WeightAveraging: f"{_AVERAGES}; use lightning_fdfo.callbacks.EMA",
-    BatchSizeFinder: "it tries batch sizes that do not divide an update's points; set model.batching.batch_size, for "
+    BatchSizeFinder: "it trains on a rollout with batch sizes that it tries; set model.batching.batch_size, for "
     "which lightning-fdfo doctor estimates the memory",
     LearningRateFinder: "it trains on a rollout with rates that rise by the batch; set the optimizer's lr",
     ModelPruning: "it takes weights out of the base model; leave it out",

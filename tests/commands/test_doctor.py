@@ -53,6 +53,13 @@ def test_a_healthy_run(toy_module, prompts_file, tmp_path):
     assert "estimated memory" in text
 
 
+def test_a_batch_is_of_the_size_that_training_takes(toy_module, prompts_file, tmp_path):
+    """As large as an update, however large a batch may be."""
+    findings = examined(toy_module(batch_size=10**9), prompts_file, tmp_path)
+    assert faults(findings) == []
+    assert any("the velocity of 64 stored points differs" in finding.text for finding in findings)
+
+
 @pytest.mark.parametrize(("updates", "said"), [(1, 1), (2, 0)])
 def test_a_clip_range_without_effect_is_named(toy_module, prompts_file, tmp_path, updates, said):
     findings = examined(toy_module(updates_per_epoch=updates), prompts_file, tmp_path)
