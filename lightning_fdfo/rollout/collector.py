@@ -1,7 +1,7 @@
 """The training loader: rolls an epoch out, weighs its scores, and deals its points into batches.
 
     prompts --encode--> conditioning --start_rollout, batch by batch--> Rollout --weigh_scores--> EpochScores
-                                                                           '-------------------------+--> batches of points
+                                                                           '-------------------------+--> batches
 
 Legend: P pairs on this device, 2P branches, `...` a latent's own axes.
 """
