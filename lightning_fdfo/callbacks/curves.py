@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from lightning_fdfo.callbacks.pictures import log_image, logged_step, render, save_image
 from lightning_fdfo.checkpoints.run_folder import belongs_to_fit, run_folder
+from lightning_fdfo.training.protocol import TrainingModule
 
 History = dict[str, list[tuple[int, float]]]
 """Name of a logged number -> (epoch, value), ...; epoch 0 is before training, 1 after the first."""
@@ -48,15 +49,15 @@ class Curves(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if belongs_to_fit(trainer):
-            self._note(trainer, 0 if trainer.sanity_checking else trainer.current_epoch + 1, validation=True)
+            names = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            self._note(trainer, 0 if trainer.sanity_checking else trainer.current_epoch + 1, names)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note(trainer, trainer.current_epoch + 1, validation=False)
+        self._note(trainer, trainer.current_epoch + 1, sorted(cast(TrainingModule, pl_module).epoch_log.names))
 
-    def _note(self, trainer: Trainer, epoch: int, validation: bool) -> None:
-        for name, value in trainer.callback_metrics.items():
-            if "/" in name and name.startswith("val/") == validation:
-                self.history.setdefault(name, []).append((epoch, value.item()))
+    def _note(self, trainer: Trainer, epoch: int, names: Sequence[str]) -> None:
+        for name in names:
+            self.history.setdefault(name, []).append((epoch, trainer.callback_metrics[name].item()))
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

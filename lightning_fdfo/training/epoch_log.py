@@ -22,13 +22,15 @@ class EpochLog:
     """
 
     def __init__(self) -> None:
+        self.names: set[str] = set()
+        """What this epoch has logged, from its last batch until it is written. `trainer.callback_metrics` keeps the last
+        value of a number that only some epochs log."""
         self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._names: set[str] = set()
 
     def clear(self) -> None:
         """Forgets what an earlier `fit` has left of an epoch that it did not end."""
         self._sums.clear()
-        self._names.clear()
+        self.names.clear()
 
     def add(self, module: LightningModule, values: Mapping[str, Any], count: int) -> None:
         """Adds numbers of this device to their means; in validation Lightning's `log_dict` does it.
@@ -60,13 +62,13 @@ class EpochLog:
             means = {name: (total / count).to(module.device) for name, (total, count) in self._sums.items()}
             sync = trainer.world_size > 1
             module.log_dict(means, logger=False, on_step=False, on_epoch=True, batch_size=1, sync_dist=sync)
-            self._names.update(means)
+            self.names.update(means)
             self._sums.clear()
 
     def write(self, trainer: Trainer) -> None:
         """Writes the epoch's means to the loggers, and forgets their names: they come and go, as a share does."""
         metrics = trainer.callback_metrics
-        row = {name: metrics[name].item() for name in sorted(self._names)} | {"epoch": trainer.current_epoch}
+        row = {name: metrics[name].item() for name in sorted(self.names)} | {"epoch": trainer.current_epoch}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step - 1)
             logger.save()

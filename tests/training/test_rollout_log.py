@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_fdfo import Evaluation, Objective
-from lightning_fdfo.callbacks import RewardHackingMonitor
+from lightning_fdfo.callbacks import Curves, RewardHackingMonitor
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.training.base_weights import BaseWeights
@@ -21,8 +21,10 @@ def forwards(monkeypatch):
 
 @pytest.mark.parametrize(("every", "measured"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (9, [0])])
 def test_the_drift_is_measured_every_so_many_epochs(toy_module, fit, tmp_path, forwards, every, measured):
-    fit(toy_module(evaluation=Evaluation(drift_every=every)), 5, logger=CSVLogger(tmp_path, name="", version=""))
+    drawn, logger = Curves(), CSVLogger(tmp_path, name="", version="")
+    fit(toy_module(evaluation=Evaluation(drift_every=every)), 5, callbacks=[drawn], logger=logger)
     assert [epoch for epoch, row in enumerate(rows(tmp_path)) if row["train/drift"]] == measured
+    assert [epoch - 1 for epoch, _ in drawn.history["train/drift"]] == measured  # Lightning keeps old values
     assert len(forwards) == len(measured)
 
 
