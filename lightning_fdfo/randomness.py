@@ -55,6 +55,26 @@ def stack_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=each, dtype=torch.float32) for each in generators])
 
 
+def branch_normal(generators: list[torch.Generator], *shape: int, antithetic: bool = False) -> Tensor:
+    """Standard normal numbers for both branches of pairs, float32 [2 * len(generators), *shape].
+
+    Args:
+        generators: one a pair; rows 2i and 2i+1 are pair i's.
+        shape: of a branch.
+        antithetic: the second branch's numbers are the first's with the opposite sign, and half as many are drawn;
+            otherwise the two are independent. Each branch alone is standard normal either way.
+
+    Example:
+        >>> numbers = branch_normal([generator(Stream.LATENTS, seed=0)], 3, antithetic=True)
+        >>> numbers.shape, numbers.sum(dim=0)
+        (torch.Size([2, 3]), tensor([0., 0., 0.]))
+    """
+    if not antithetic:
+        return stack_normal(generators, 2, *shape).flatten(0, 1)
+    numbers = stack_normal(generators, *shape)
+    return torch.stack([numbers, -numbers], dim=1).flatten(0, 1)
+
+
 def prompt_rows(seed: int, first: int, count: int, num_prompts: int) -> list[int]:
     """Rows of the prompt file for draws first … first + count - 1 of a run.
 

@@ -1,6 +1,6 @@
 import torch
 
-from lightning_fdfo.randomness import Stream, generator, prompt_rows, stack_normal
+from lightning_fdfo.randomness import Stream, branch_normal, generator, prompt_rows, stack_normal
 
 
 def draw(*arguments, **options):
@@ -25,6 +25,16 @@ def test_a_pairs_numbers_do_not_depend_on_its_batch():
     together = stack_normal([generator(Stream.LATENTS, 0, 0, pair) for pair in range(4)], 2, 3)
     alone = stack_normal([generator(Stream.LATENTS, 0, 0, 2)], 2, 3)
     assert torch.equal(together[2:3], alone)
+
+
+def test_antithetic_branches_are_each_standard_normal():
+    generators = [generator(Stream.LATENTS, 0, 0, pair) for pair in range(20_000)]
+    for antithetic, correlation in ((False, 0.0), (True, -1.0)):
+        first, second = branch_normal(generators, 3, antithetic=antithetic).reshape(-1, 2, 3).unbind(1)
+        for branch in (first, second):
+            assert branch.mean(0).abs().max() < 0.03
+            assert (branch.var(0) - 1).abs().max() < 0.05
+        assert abs((first * second).mean().item() - correlation) < 0.02
 
 
 def test_every_prompt_comes_once_before_any_comes_twice():

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from lightning_fdfo.objective import half_differences
 from lightning_fdfo.sampling import churn_prior, churn_step, sample, sample_pairs
 from lightning_fdfo.schedules import uniform_sigmas
 
@@ -93,3 +94,50 @@ def test_a_churn_of_another_length_is_refused():
 def test_a_grid_that_does_not_fall_from_1_to_0_is_refused(sigmas):
     with pytest.raises(ValueError, match="fall strictly from 1 to 0"):
         sample(lambda x, s: x, torch.zeros(1, 1), torch.tensor(sigmas))
+
+
+def mirrored(noise):
+    """Independent noise of both branches -> the second's is the first's with the opposite sign."""
+    first = noise[::2]
+    return torch.stack([first, -first], dim=1).flatten(0, 1)
+
+
+def ends_of_pairs(num_pairs, size, churn, change, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents, noises = (torch.randn(*shape, size, generator=generator) for shape in ((num_pairs,), (9, 2 * num_pairs)))
+    found = sample_pairs(gaussian_velocity, latents, uniform_sigmas(8), churn, lambda k: change(noises[k]))
+    return found.latents[:, -1]
+
+
+def test_antithetic_branches_end_where_independent_ones_do():
+    """Mean and deviation of each branch's images, to five standard errors of 400,000 numbers."""
+    ends = [ends_of_pairs(200_000, 2, 0.5, change) for change in (mirrored, lambda noise: noise)]
+    branches = [end[row::2].double() for end in ends for row in (0, 1)]
+    for branch in branches[1:]:
+        assert branch.mean().item() == pytest.approx(
+            branches[0].mean().item(), abs=5 * DEVIATION * 2**0.5 / 400_000**0.5
+        )
+        assert branch.std().item() == pytest.approx(branches[0].std().item(), abs=5 * DEVIATION / 400_000**0.5)
+
+
+def test_antithetic_differences_are_central_differences_about_the_path_without_fresh_noise():
+    """A linear flow and a quadratic reward: exact for every pair; about independent noise the point is another one."""
+    generator = torch.Generator().manual_seed(1)
+    linear, curvature = torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)
+    curvature = curvature + curvature.T
+    middle = ends_of_pairs(64, 6, 0.5, torch.zeros_like)
+    slope = (linear + middle @ curvature).double()
+    errors = []
+    for change in (mirrored, lambda noise: noise):
+        ends = ends_of_pairs(64, 6, 0.5, change).double()
+        rewards = ends @ linear.double() + ((ends @ curvature.double()) * ends).sum(1) / 2
+        expected = (slope * half_differences(ends)).sum(1)
+        errors.append(((half_differences(rewards) - expected).square().mean() / expected.square().mean()).sqrt().item())
+    assert errors[0] < 1e-5
+    assert errors[1] > 0.1
+
+
+def test_antithetic_branches_are_further_apart():
+    """Their half differences have twice the variance of independent ones."""
+    apart = [half_differences(ends_of_pairs(20_000, 2, 0.1, change)).var().item() for change in (mirrored, lambda n: n)]
+    assert apart[0] / apart[1] == pytest.approx(2, rel=0.05)

@@ -24,7 +24,7 @@ from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.watched_velocity import WatchedVelocity
 from lightning_fdfo.image_statistics import image_statistics
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.randomness import Stream, generator, stack_normal
+from lightning_fdfo.randomness import Stream, branch_normal, generator, stack_normal
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
 from lightning_fdfo.reward.scorer import Scoring
@@ -190,7 +190,7 @@ def _sample(
         stack_normal(generators, *shape).to(device),
         flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
         churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
-        lambda k: stack_normal(generators, 2, *shape).flatten(0, 1).to(device),
+        lambda k: branch_normal(generators, *shape, antithetic=sampling.antithetic).to(device),
         here.record,
     )
     here.ends.copy_(ends)

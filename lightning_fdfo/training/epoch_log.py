@@ -23,8 +23,8 @@ class EpochLog:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        """What this epoch has logged, from its last batch until it is written. `trainer.callback_metrics` keeps the last
-        value of a number that only some epochs log."""
+        """What this epoch has logged, from its last batch until it is written: `trainer.callback_metrics` keeps the
+        last value of a number that only some epochs log."""
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ from lightning_fdfo.flows import StableDiffusion3
 from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.randomness import Stream, generator
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.pairs import start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
@@ -63,6 +64,14 @@ def test_without_churn_the_branches_are_one():
     sampling = Sampling(num_steps=6, height=2, width=2, churn=0.0)
     ends = make_rollout(sampling=sampling).points.ends
     assert torch.equal(half_differences(ends), torch.zeros_like(ends))
+
+
+def test_antithetic_branches_start_on_both_sides_of_the_same_latents():
+    first, second = starts(make_rollout(sampling=replace(SAMPLING, antithetic=True)))[:2]
+    rho = 1 / (1 + SAMPLING.churn)
+    shared = torch.randn(3, 2, 2, generator=generator(Stream.LATENTS, 0, 0, 0))
+    torch.testing.assert_close((first + second) / 2, rho * shared)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("chunks", [[range(0, 1), range(1, 4)], [range(0, 2), range(2, 4)]])
