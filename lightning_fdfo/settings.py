@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -103,9 +103,12 @@ class FailurePolicy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What validation and `test` compute beside the rewards and the image statistics, and how often drift is measured.
+    """What validation and `test` compute beside rewards and image statistics; its steps; how often drift is measured.
 
     Args:
+        num_steps: of the sampler, in validation, `test` and `predict`, and in what an export says; None takes
+            `sampling.num_steps`. Rollouts may take fewer steps, and cost less, than good images need: it is
+            the same velocity that they train.
         metrics: rewards that are scored in validation and `test` only, in the form of `rewards`; their weights mean
             nothing.
         base: `test` also generates with the base model, from the same latents: its numbers, the differences, and win
@@ -122,6 +125,7 @@ class Evaluation:
         ConfigurationError: a setting out of its range.
     """
 
+    num_steps: int | None = None
     metrics: dict[str, Any] | None = None
     base: bool = True
     diversity: str | None = None
@@ -130,9 +134,19 @@ class Evaluation:
     drift_every: int = 1
 
     def __post_init__(self) -> None:
+        check_number("evaluation.num_steps", 1 if self.num_steps is None else self.num_steps, at_least=1)
         check_number("evaluation.drift_every", self.drift_every, at_least=1)
         if not 0 < self.confidence < 1 or self.num_resamples < 1:
             raise ConfigurationError(f"evaluation: expected 0 < confidence < 1 and num_resamples >= 1, got {self}")
+
+    def sampling(self, rollouts: Sampling) -> Sampling:
+        """How images are sampled that are not trained on: as in rollouts, but for their own number of steps.
+
+        Example:
+            >>> Evaluation(num_steps=40).sampling(Sampling(num_steps=10)).num_steps
+            40
+        """
+        return rollouts if self.num_steps is None else replace(rollouts, num_steps=self.num_steps)
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ class Sampling:
     """How images are sampled, in rollouts and in validation.
 
     Args:
-        num_steps: T, steps of the sampler.
+        num_steps: T, steps of the sampler; `evaluation.num_steps` may have others.
         height: of an image, pixels.
         width: of an image, pixels.
         churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.

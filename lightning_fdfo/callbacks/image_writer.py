@@ -43,7 +43,7 @@ class ImageWriter(Callback):
         made = str(numbered_folder(run_folder(trainer) / "predict")) if trainer.is_global_zero else ""
         self.folder = Path(trainer.strategy.broadcast(made))
         self._listed = []
-        sampling = module.sampling
+        sampling = module.evaluation.sampling(module.sampling)
         self._settings = {
             "seed": module.seed,
             "height": sampling.height,

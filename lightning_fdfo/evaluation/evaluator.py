@@ -118,7 +118,7 @@ class Evaluator:
             [row.prompt for row in batch],
             [row.prompt_index for row in batch],
             seed=self.module.seed,
-            sampling=self.module.sampling,
+            sampling=self.module.evaluation.sampling(self.module.sampling),
             device=device,
             repeats=[row.repeat for row in batch],
             conditioning=conditioning,

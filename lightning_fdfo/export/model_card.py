@@ -118,13 +118,14 @@ def rewards_of(config: Mapping[str, Any]) -> list[dict[str, str]]:
 def loading_code(config: Mapping[str, Any], flow: DiffusersFlow, repository: str | None, has_lora: bool) -> str:
     """Python that generates an image with the export, in plain diffusers: from the hub, or in the export's folder."""
     sampling, pipeline = config["model"]["sampling"], flow.source.pipeline_class.__name__
+    num_steps = (config["model"].get("evaluation") or {}).get("num_steps") or sampling["num_steps"]
     shipped = str(config["model"]["flow"]["init_args"]["pretrained"]) != resolve_pretrained(base_name(config))
     source = f"resolve_pretrained({base_name(config)!r})" if shipped else repr(base_name(config))
     absent = [f"{name}=None" for name in flow.source.absent_texts] if has_lora else []
     call = {
         "height": sampling["height"],
         "width": sampling["width"],
-        "num_inference_steps": sampling["num_steps"],
+        "num_inference_steps": num_steps,
         **{
             name: value
             for name, value in flow.pipeline_call(sampling["guidance_scale"], None).items()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_fdfo import Evaluation
 from lightning_fdfo.callbacks import ImageWriter
 from lightning_fdfo.callbacks.pictures import pixels
 from lightning_fdfo.randomness import Stream, generator
@@ -99,3 +100,10 @@ def test_a_folder_of_somebody_elses_is_left_alone(toy_module, judge, tmp_path):
     judge(toy_module(), "predict", callbacks=[ImageWriter()])
     assert sorted(path.name for path in (tmp_path / "predict").iterdir()) == ["7", "8", "mine"]
     assert [path.name for path in (tmp_path / "predict/7").iterdir()] == ["kept.txt"]
+
+
+def test_steps_are_those_of_the_evaluation(toy_module, judge, tmp_path):
+    judge(toy_module(evaluation=Evaluation(num_steps=7)), "predict", callbacks=[ImageWriter()])
+    first, *_ = (tmp_path / "predict/0/images.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(first)["num_steps"] == 7
+    assert len(json.loads(first)["sigmas"]) == 8

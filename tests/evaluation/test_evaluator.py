@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lightning_fdfo import FDFOModule, Sampling
+from lightning_fdfo import Evaluation, FDFOModule, Sampling
+from lightning_fdfo.flows.generate import generate
 from lightning_fdfo.prompts import IndexedPrompt, Prompt
 from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, brightness
@@ -51,3 +52,17 @@ def test_what_comes_once_is_not_kept(toy_module):
     module.flow.load()
     module.evaluator.generate(batch("a cat"), torch.device("cpu"))
     assert not module.evaluator._encoded
+
+
+def test_evaluation_may_take_other_steps_than_rollouts(toy_module):
+    module = toy_module(evaluation=Evaluation(num_steps=9))
+    module.flow.load()
+    assert module.sampling.num_steps == 4
+    rows, cpu = batch("a cat", "the dog"), torch.device("cpu")
+    images = module.evaluator.generate(rows, cpu)
+    few, many = (
+        generate(module.flow, [row.prompt for row in rows], [0, 1], seed=0, sampling=Sampling(steps, 2, 2), device=cpu)
+        for steps in (4, 9)
+    )
+    assert torch.equal(images, many)
+    assert not torch.equal(images, few)

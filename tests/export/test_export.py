@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.commands import export as command
-from lightning_fdfo.export.model_card import base_licence, cell, shareable
-from lightning_fdfo.flows import resolve_pretrained
+from lightning_fdfo.export.model_card import base_licence, cell, loading_code, shareable
+from lightning_fdfo.flows import StableDiffusion3, resolve_pretrained
 from tests.commands.test_cli import SMALL
 
 ROOT = Path(__file__).parent.parent.parent
@@ -97,6 +97,14 @@ def test_the_card_says_what_it_is_and_its_python_paints(run, tmp_path, monkeypat
     exec(code, {})
     with Image.open("image.png") as picture:
         assert picture.size == (64, 32)
+
+
+@pytest.mark.parametrize(("evaluation", "expected"), [({}, 3), ({"num_steps": None}, 3), ({"num_steps": 7}, 7)])
+def test_its_python_takes_as_many_steps_as_evaluation_does(run, evaluation, expected):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {"evaluation": evaluation, "sampling": config["model"]["sampling"] | {"num_steps": 3}}
+    flow = StableDiffusion3("tiny-digits", max_sequence_length=0)
+    assert f"num_inference_steps={expected}," in loading_code(config, flow, None, has_lora=True)
 
 
 def test_nothing_of_the_machine_is_given_away(run, tmp_path):
