@@ -6,7 +6,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_fdfo import Evaluation, Objective
 from lightning_fdfo.callbacks import Curves, RewardHackingMonitor
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band
-from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.training.base_weights import BaseWeights
 from tests.training.test_epoch_log import rows
 
@@ -36,7 +35,9 @@ def test_a_kl_term_and_the_drift_share_a_forward(toy_module, fit, tmp_path, forw
     assert rows(logs[0])[0]["train/drift"] == rows(logs[1])[0]["train/drift"]
 
 
-def test_a_band_of_the_drift_needs_it_in_each_epoch(toy_module, fit):
-    monitor = RewardHackingMonitor({"train/drift": Band(value=(None, 1.0))})
-    with pytest.raises(ConfigurationError, match=r"expected model\.evaluation.drift_every 1, got 2"):
-        fit(toy_module(evaluation=Evaluation(drift_every=2)), 1, callbacks=[monitor])
+def test_a_band_of_the_drift_is_looked_at_where_it_is_measured(toy_module, fit):
+    """Below the first epoch's 0: each measurement is outside, and no other epoch repeats it."""
+    monitor = RewardHackingMonitor({"train/drift": Band(value=(None, -1.0))})
+    with pytest.warns(UserWarning, match="train/drift"):
+        fit(toy_module(evaluation=Evaluation(drift_every=2)), 5, callbacks=[monitor])
+    assert [event["epoch"] for event in monitor.events] == [0, 2, 4]
