@@ -43,4 +43,4 @@ def test_it_trains_in_the_memory_that_the_formula_tells(tmp_path):
     parts = {"start": record["start"]} | {name: record["epochs"][0][name] for name in ("rollout", "training")}
     print("\n" + ", ".join(f"{name} {part['seconds']:.0f} s" for name, part in parts.items()))
     print(", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes_in_bytes.items()))
-    assert record["host_peak"] < 1.15 * told + sizes.texts() + 2 * GIB
+    assert told < record["host_peak"] < 1.15 * told + GIB  # of Python and its libraries
