@@ -106,9 +106,6 @@ class Evaluation:
     """What validation and `test` compute beside rewards and image statistics; its steps; how often drift is measured.
 
     Args:
-        num_steps: of the sampler, in validation, `test` and `predict`, and in what an export says; None takes
-            `sampling.num_steps`. Rollouts may take fewer steps, and cost less, than good images need: it is
-            the same velocity that they train.
         metrics: rewards that are scored in validation and `test` only, in the form of `rewards`; their weights mean
             nothing.
         base: `test` also generates with the base model, from the same latents: its numbers, the differences, and win
@@ -120,18 +117,21 @@ class Evaluation:
         num_resamples: of their bootstrap.
         drift_every: epochs from one measurement of `train/drift` to the next; the first is in epoch 0. Each takes a
             forward of the base model at the epoch's first batch.
+        num_steps: of the sampler, in validation, `test` and `predict`, and in what an export says; None takes
+            `sampling.num_steps`. Rollouts may take fewer steps, and cost less, than good images need: it is
+            the same velocity that they train.
 
     Raises:
         ConfigurationError: a setting out of its range.
     """
 
-    num_steps: int | None = None
     metrics: dict[str, Any] | None = None
     base: bool = True
     diversity: str | None = None
     confidence: float = 0.95
     num_resamples: int = 9999
     drift_every: int = 1
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_number("evaluation.num_steps", 1 if self.num_steps is None else self.num_steps, at_least=1)
