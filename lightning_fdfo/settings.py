@@ -182,13 +182,13 @@ class Sampling:
         width: of an image, pixels.
         churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
         initial_churn: the same for the initial latents; None takes `churn`.
+        guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
+        store: of a rollout's velocities until they are trained on. `bfloat16` takes half of their memory and rounds
+            them by at most 1 part in 256; where the flow computes in bfloat16, without guidance, it changes nothing.
         antithetic: the two branches of a pair draw the same fresh noise with opposite signs, in the initial latents
             and in every step. Each branch alone is sampled as before; the pair's middle is the trajectory without
             fresh noise, up to terms of the churn's own size, and so half differences are central differences about it.
             For the same churn the images are further apart.
-        guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
-        store: of a rollout's velocities until they are trained on. `bfloat16` takes half of their memory and rounds
-            them by at most 1 part in 256; where the flow computes in bfloat16, without guidance, it changes nothing.
 
     Raises:
         ConfigurationError: a count or size below 1, a negative churn, or a number that is not finite.
@@ -199,9 +199,9 @@ class Sampling:
     width: int = 512
     churn: float = 0.0025
     initial_churn: float | None = None
-    antithetic: bool = False
     guidance_scale: float = 1.0
     store: Literal["float32", "bfloat16"] = "float32"
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         if self.store not in ("float32", "bfloat16"):
