@@ -1,11 +1,13 @@
 """RolloutLog: how often the drift is measured, and what it costs."""
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_fdfo import Evaluation, Objective
 from lightning_fdfo.callbacks import Curves, RewardHackingMonitor
 from lightning_fdfo.callbacks.reward_hacking_monitor import Band
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.training.base_weights import BaseWeights
 from tests.training.test_epoch_log import rows
 
@@ -41,3 +43,23 @@ def test_a_band_of_the_drift_is_looked_at_where_it_is_measured(toy_module, fit):
     with pytest.warns(UserWarning, match="train/drift"):
         fit(toy_module(evaluation=Evaluation(drift_every=2)), 5, callbacks=[monitor])
     assert [event["epoch"] for event in monitor.events] == [0, 2, 4]
+
+
+def test_a_run_may_resume_where_the_drift_is_not_measured(toy_module, fit, tmp_path):
+    """A new process has no number of an earlier epoch; the first that is measured is the monitor's start."""
+    options = {"enable_checkpointing": True, "default_root_dir": tmp_path}
+    for epochs, ckpt_path in ((1, None), (3, "last")):
+        monitor = RewardHackingMonitor({"train/drift": Band(times=(None, 1.5))})
+        monitors = [monitor] if ckpt_path else []
+        saved = ModelCheckpoint(tmp_path / "c", every_n_epochs=1, save_on_train_epoch_end=True, save_last=True)
+        module = toy_module(evaluation=Evaluation(drift_every=2))
+        fit(module, epochs, ckpt_path, callbacks=[saved, *monitors], **options)
+    assert monitor.start["train/drift"] > 0
+    assert monitor.good == 2
+
+
+def test_a_band_of_a_drift_that_is_never_measured_is_told(toy_module, fit):
+    """Without a LoRA there is none."""
+    monitor = RewardHackingMonitor({"train/drift": Band(value=(None, 1.0))})
+    with pytest.raises(ConfigurationError, match=r"\['train/drift'\] was not logged in epoch 0"):
+        fit(toy_module(lora=None, evaluation=Evaluation(drift_every=2)), 1, callbacks=[monitor])
