@@ -32,7 +32,7 @@ class Case(NamedTuple):
     rounds: int
 
 
-CASES = (Case(2, 64, 1, 48, 11), Case(4, 128, 1, 32, 7), Case(4, 192, 2, 16, 7), Case(4, 384, 2, 8, 5))
+CASES = (Case(2, 64, 1, 48, 11), Case(4, 128, 1, 32, 7), Case(4, 192, 2, 48, 7), Case(4, 384, 2, 24, 7))
 QUICK = (Case(2, 32, 1, 4, 1),)
 SMALL_BATCH = 8
 """Points of a batch where several are accumulated; in the other case all of an update's points are one batch."""
