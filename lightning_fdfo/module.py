@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -25,17 +25,18 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.guards.all_guards import all_guards
 from lightning_fdfo.guards.capacity import check_fits
-from lightning_fdfo.guards.module_use import COMPILED, NO_SETTINGS, check_flow_is_new, check_same_file, report_start
+from lightning_fdfo.guards.module_use import Unsupported, check_arguments, check_flow_is_new, check_same_file
 from lightning_fdfo.guards.trainer_settings import check_accumulation, check_precision, derive_accumulation
 from lightning_fdfo.parallel import check_strategy, parallelize
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.prompt_check import check_prompts
+from lightning_fdfo.rollout.adaptation import Adaptation
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.rollout.run_context import RunContext
-from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling, check_number
+from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
 from lightning_fdfo.training.base_weights import BaseWeights, has_lora
 from lightning_fdfo.training.bind import bind, cache_texts, check_binding, check_trainable, load
 from lightning_fdfo.training.epoch_log import EpochLog
@@ -44,9 +45,10 @@ from lightning_fdfo.training.seeded_dropout import SeededDropout
 from lightning_fdfo.training.step import batch_loss
 from lightning_fdfo.training.summary import report_run
 from lightning_fdfo.training.trained_state import check_restored, dump, identity, trainable
+from lightning_fdfo.training.trust_region import within_trust_region
 
 
-class FDFOModule(EvaluationSteps):
+class FDFOModule(Unsupported, EvaluationSteps):
     """Finite Difference Flow Optimization of a flow model.
 
     Args:
@@ -90,9 +92,7 @@ class FDFOModule(EvaluationSteps):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if objective.kl_weight and lora is None:
-            raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or 0")
-        check_number("seed", seed, at_least=0)
+        check_arguments(objective, lora, seed)
         self.flow = flow
         self.rewards = RewardMix(rewards)
         self.sampling = sampling
@@ -104,6 +104,7 @@ class FDFOModule(EvaluationSteps):
         self.failures = failures
         self.evaluation = evaluation
         self.seed = seed
+        self.adaptation = Adaptation(sampling, objective)
         self.resume_overrides: frozenset[str] = frozenset()
         """On a resume these count, not the checkpoint's: settings of the optimiser (`lr`; `*`: all), `lr_scheduler`."""
         self.lora_file: Path | None = None
@@ -116,21 +117,14 @@ class FDFOModule(EvaluationSteps):
         """The training loader, with scores and numbers of the last rollout; None before `fit`."""
         self.epoch_log = EpochLog()
         self.dropout = SeededDropout([], seed)
+        self.batch: TrajectoryPoints | None = None
+        """The one that was trained on last."""
         self.base: BaseWeights | None = None
         """The base model, where it is at hand: with a LoRA, and in a `test` that compares with it."""
         self._prompts: list[Prompt] = []
         self._is_loaded = False
         self._loaded_file: Path | None = None  # the LoRA file that it was loaded with
         self._at: torch.device | None = None
-
-    @classmethod
-    def load_from_checkpoint(cls, *_: Any, **__: Any) -> NoReturn:
-        """Raises ConfigurationError: a checkpoint holds what trains, and no settings to build a module of."""
-        raise ConfigurationError(NO_SETTINGS)
-
-    def compile(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises ConfigurationError: it would have no effect, for the Trainer calls the steps and never the module."""
-        raise ConfigurationError(COMPILED)
 
     # Set-up: first all that needs no weights, then the model
 
@@ -220,9 +214,6 @@ class FDFOModule(EvaluationSteps):
     def on_fit_start(self) -> None:
         self.to_device()
 
-    def on_train_start(self) -> None:
-        report_start(self.has_trained, self.trainer.ckpt_path)
-
     def to_device(self) -> None:
         """Puts text encoders, VAE and rewards on the device; a second call does nothing."""
         if self._at != self.device:
@@ -242,6 +233,7 @@ class FDFOModule(EvaluationSteps):
             self.sampling,
             RunContext(self.trainer),
             seed=self.seed,
+            adaptation=self.adaptation,
             normalization=self.objective.normalization,
             rollout_batch_size=self.batching.rollout_batch_size,
             failures=self.failures,
@@ -258,9 +250,16 @@ class FDFOModule(EvaluationSteps):
         index = batch_idx * self.trainer.world_size + self.trainer.global_rank
         with self.dropout.seeded(self.current_epoch, index, self.device):
             velocity = self.velocity(batch)
-        loss, logged = batch_loss(velocity, batch, self.objective, partial(self.base_velocity, batch))
+        weight, base_velocity = self.adaptation.kl_weight, partial(self.base_velocity, batch)
+        loss, logged = batch_loss(velocity, batch, self.objective.clip_range, weight, base_velocity)
         self.log_means(logged, len(batch.sigma))
+        self.batch = batch
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's; with a `trust_region`, its step is scaled back where that says so."""
+        with within_trust_region(self):
+            super().optimizer_step(*args, **kwargs)
 
     def velocity(self, batch: TrajectoryPoints) -> Tensor:
         """The flow's velocity at a batch's points, as the rollout takes it: [B, ...]."""
@@ -287,6 +286,7 @@ class FDFOModule(EvaluationSteps):
         """Keeps the trainable weights only, see `dump`, and adds the rewards' scales."""
         dump(checkpoint, self, identity(self.seed, self.lora))
         checkpoint["reward_scales"] = self.rewards.state_dict()
+        checkpoint["adaptation"] = self.adaptation.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is this module's, see `check_restored`, and takes the rewards' scales."""
@@ -296,3 +296,4 @@ class FDFOModule(EvaluationSteps):
         check_restored(checkpoint, self, settings, goes_on=goes_on, path=self.trainer.ckpt_path)
         self.has_trained = True
         self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
+        self.adaptation.load_state_dict(checkpoint.get("adaptation", {}))

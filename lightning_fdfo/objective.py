@@ -106,6 +106,43 @@ def normalize_difference(
     return difference / scale.reshape(-1, *[1] * (difference.ndim - 1))
 
 
+def add_gradient(
+    direction: Tensor, reward_difference: Tensor, gradient: Tensor, distance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Adds an exact gradient to the pull of a pair's finite difference.
+
+        pull               = reward_difference * direction + scale * gradient
+        direction_         = pull / reward_difference_
+        reward_difference_ = rms(pull) / rms(direction)
+
+    The secant's pull, reward_difference * direction, is what the gradient itself is on average, where pairs differ in
+    all directions alike: E[d d^T / mean(d^2)] = identity for half differences d. So with `mean_square` the scale is 1;
+    with `root_mean_square` a pull is rms(d) times as long, and so is the gradient's. Written as a difference and a
+    direction of the same size as before, it means the same to `velocity_objective`.
+
+    Args:
+        direction: [2P, ...], of `normalize_difference`.
+        reward_difference: [2P], half difference of the rewards that train by theirs.
+        gradient: [2P, ...], of the rewards that train by theirs, at the final latents.
+        distance: [2P], rms(d), with `root_mean_square`; None with `mean_square`.
+
+    Returns:
+        direction_ [2P, ...], reward_difference_ [2P] >= 0, float32. Where the images of a pair are equal, direction_
+        has the size 1.
+
+    Example:
+        >>> import torch
+        >>> add_gradient(torch.tensor([[3.0, 4.0]]), torch.tensor([0.0]), torch.tensor([[0.0, 2.0]]))
+        (tensor([[0., 5.]]), tensor([0.4000]))
+    """
+    per_row = (-1, *[1] * (direction.ndim - 1))
+    scale = 1.0 if distance is None else distance.float().reshape(per_row)
+    pull = reward_difference.float().reshape(per_row) * direction.float() + scale * gradient.float()
+    length, size = _mean(pull**2).sqrt(), _mean(direction.float() ** 2).sqrt()
+    difference = length / size.where(size > 0, 1.0)
+    return pull / difference.where(difference > 0, 1.0).reshape(per_row), difference
+
+
 def velocity_objective(
     velocity: Tensor,
     old_velocity: Tensor,

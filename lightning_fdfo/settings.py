@@ -10,6 +10,7 @@ import torch
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import Normalization
+from lightning_fdfo.schedules import ChurnSchedule
 
 
 def check_number(
@@ -158,18 +159,42 @@ class Objective:
             effect: the ratio of an epoch's first update is 1, but for rounding and a LoRA's dropout.
         normalization: of the direction: `mean_square` as published, or the steadier `root_mean_square`.
         kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
+        kl_target: > 0; a `train/drift` that the run is to keep near. The weight then starts as `kl_weight`, is doubled
+            before the updates of an epoch whose drift is above 1.5 times the target, and halved where it is below the
+            target / 1.5. None keeps the weight.
+        reward_scale: what a pair's half difference of the total is divided by before it trains: `none` (1), or `std`,
+            the running standard deviation over all pairs so far. With `std` a clip means the same for every mixture.
+        reward_clip: > 0; bounds the half difference of the total, after `reward_scale`: a pair that differs by far
+            more than others then weighs no more than so much. None does not.
+        trust_region: > 0; after an update the velocity may differ from the rollout's by so much of its size,
+            rms(v - v_rollout) / rms(v_rollout), at the points of the update's last batch. A longer step is scaled
+            back until it does not. None lets every step be as long as the optimiser's. Takes a forward an update.
 
     Raises:
-        ConfigurationError: a number out of its range, or not finite.
+        ConfigurationError: a number out of its range, or not finite; a `kl_target` without a `kl_weight` to start from.
     """
 
     clip_range: float = 0.03
     normalization: Normalization = "mean_square"
     kl_weight: float = 0.0
+    kl_target: float | None = None
+    reward_scale: Literal["none", "std"] = "none"
+    reward_clip: float | None = None
+    trust_region: float | None = None
 
     def __post_init__(self) -> None:
         check_number("objective.clip_range", self.clip_range, above=0)
         check_number("objective.kl_weight", self.kl_weight, at_least=0)
+        for name in ("kl_target", "reward_clip", "trust_region"):
+            if getattr(self, name) is not None:
+                check_number(f"objective.{name}", getattr(self, name), above=0)
+        if self.reward_scale not in ("none", "std"):
+            raise ConfigurationError(f"objective.reward_scale: expected none or std, got {self.reward_scale!r}")
+        if self.kl_target is not None and not self.kl_weight:
+            raise ConfigurationError(
+                f"objective.kl_target: expected a kl_weight above 0 to start from, e.g. 0.1, got kl_target "
+                f"{self.kl_target} with kl_weight {self.kl_weight}"
+            )
 
 
 @dataclass(frozen=True)
@@ -180,8 +205,9 @@ class Sampling:
         num_steps: T, steps of the sampler; `evaluation.num_steps` may have others.
         height: of an image, pixels.
         width: of an image, pixels.
-        churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none.
-        initial_churn: the same for the initial latents; None takes `churn`.
+        churn: share of noise renewed at each step of a rollout; 0.0025 is the paper's. Validation has none. A number,
+            or a schedule over the noise level by its class: `Interval`, `Prior`, `AdaptiveChurn` or one of your own.
+        initial_churn: the same for the initial latents, a number; None takes `churn`.
         guidance_scale: 1 is without guidance, as in the paper; what else it means is the flow's `guidance`.
         store: of a rollout's velocities until they are trained on. `bfloat16` takes half of their memory and rounds
             them by at most 1 part in 256; where the flow computes in bfloat16, without guidance, it changes nothing.
@@ -197,7 +223,7 @@ class Sampling:
     num_steps: int = 40
     height: int = 512
     width: int = 512
-    churn: float = 0.0025
+    churn: float | ChurnSchedule = 0.0025
     initial_churn: float | None = None
     guidance_scale: float = 1.0
     store: Literal["float32", "bfloat16"] = "float32"
@@ -208,7 +234,8 @@ class Sampling:
             raise ConfigurationError(f"sampling.store: expected float32 or bfloat16, got {self.store!r}")
         for name in ("num_steps", "height", "width"):
             check_number(f"sampling.{name}", getattr(self, name), at_least=1)
-        check_number("sampling.churn", self.churn, at_least=0)
+        if not isinstance(self.churn, ChurnSchedule):
+            check_number("sampling.churn", self.churn, at_least=0)
         check_number("sampling.initial_churn", self.initial_churn or 0, at_least=0)
         check_number("sampling.guidance_scale", self.guidance_scale)
 

@@ -29,13 +29,17 @@ class EMA(Callback):
         d       = min(decay, (1 + n) / (10 + n)) with warm-up, else decay
         average = d * average + (1 - d) * weights
 
-    It starts as the weights before the first step. Validation runs with it; rollouts and training use the
-    weights themselves. A checkpoint keeps both: the weights where they always are, the average in the callback's entry.
+    It starts as the weights before the first step. Validation runs with it; training uses the weights themselves, and
+    so do rollouts, unless `rollouts` is on. A checkpoint keeps both: the weights where they always are, the average in
+    the callback's entry.
     `LoRAExport` writes both, see there. A run that resumes from a checkpoint without an average starts one there.
 
     Args:
         decay: in (0, 1).
         warmup: lets the average follow closely at first.
+        rollouts: the average generates the rollouts too. It changes slowly, and so does what it generates: the weights
+            are pulled from where it is, and `objective.clip_range` bounds how far they may be from it, also with one
+            update an epoch. `train/drift` is then the average's.
 
     Raises:
         ConfigurationError: `decay` is out of range; on load, if a checkpoint's average is of other weights.
@@ -46,10 +50,11 @@ class EMA(Callback):
         (0.1, 0.55, 0.99)
     """
 
-    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+    def __init__(self, decay: float = 0.999, warmup: bool = True, rollouts: bool = False) -> None:
         check_number("EMA: decay", decay, above=0, below=1)
         self.decay = decay
         self.warmup = warmup
+        self.rollouts = rollouts
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
         """Of each trainable weight, by its name in the module; empty before training."""
@@ -108,6 +113,17 @@ class EMA(Callback):
             self.average[name].lerp_(parameter.float(), share)
         self.num_updates += 1
 
+    # Rollouts
+
+    def on_rollout_batch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Swaps the average in before a rollout's first batch, if it is to generate it."""
+        if self.rollouts and self.num_updates and not self._raw:
+            self._swap_in(pl_module)
+
+    def on_rollout_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Swaps the weights back, before they train."""
+        self._swap_back(pl_module)
+
     # Validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,11 +133,6 @@ class EMA(Callback):
         if trainer.state.fn != TrainerFn.FITTING:  # nothing else has brought a checkpoint's average to the device
             self._start(pl_module)
         self._swap_in(pl_module)
-
-        def put_raw(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-            state_dict.update({prefix + name: value for name, value in self._raw.items()})
-
-        self._hook = pl_module.register_state_dict_post_hook(put_raw)  # type: ignore[no-untyped-call]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Swaps the weights back, before checkpoint callbacks, which are always last, write them."""
@@ -161,6 +172,11 @@ class EMA(Callback):
         self._raw = {name: parameter.detach().clone() for name, parameter in weights.items()}
         for name, parameter in weights.items():
             parameter.copy_(self.average[name])
+
+        def put_raw(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+            state_dict.update({prefix + name: value for name, value in self._raw.items()})
+
+        self._hook = pl_module.register_state_dict_post_hook(put_raw)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _swap_back(self, pl_module: LightningModule) -> None:

@@ -38,7 +38,7 @@ class LearningGuard(Callback):
     ) -> None:
         """Reports what teaches nothing in the epoch, by name; numbers are those of all devices."""
         self._rolled_out = True
-        self._trained = self._trained or bool(scores.difference.any())
+        self._trained = self._trained or bool(scores.difference.any()) or bool(rollout.gradients)
         for key, sentence in nothing_learned(scores, cast(TrainingModule, pl_module).rewards, trainer.current_epoch):
             if key not in self._reported:
                 self._reported.add(key)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.compile import to_uncompiled
 
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.base import FlowModel
+from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.settings import Objective, check_number
 
 NO_SETTINGS = (
     "FDFOModule.load_from_checkpoint: a checkpoint holds what trains and no settings: build the module, and give the "
@@ -21,6 +23,26 @@ COMPILED = (
     "torch.compile: FDFOModule cannot be compiled, for its steps sample, call rewards and log; give the Trainer the "
     "module itself"
 )
+
+
+def check_arguments(objective: Objective, lora: LoRA | None, seed: int) -> None:
+    """Raises ConfigurationError for arguments that do not go together, and for a seed that is none."""
+    if objective.kl_weight and lora is None:
+        raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or 0")
+    check_number("seed", seed, at_least=0)
+
+
+class Unsupported(LightningModule):
+    """Methods of every LightningModule that could not do here what they say."""
+
+    @classmethod
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> NoReturn:
+        """Raises ConfigurationError: a checkpoint holds what trains, and no settings to build a module of."""
+        raise ConfigurationError(NO_SETTINGS)
+
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises ConfigurationError: it would have no effect, for the Trainer calls the steps and never the module."""
+        raise ConfigurationError(COMPILED)
 
 
 def check_use(module: LightningModule) -> None:
@@ -62,15 +84,6 @@ def check_same_file(lora_file: Path | None, loaded: Path | None) -> None:
         raise ConfigurationError(
             "module.lora_file: it is read when the model is loaded, and this module's is loaded already; set it on "
             "a new module"
-        )
-
-
-def report_start(has_trained: bool, ckpt_path: object) -> None:
-    """Reports a `fit` without `ckpt_path` from trained weights, as in a notebook's cell that is run again."""
-    if has_trained and ckpt_path is None:
-        rank_zero_info(
-            "This fit begins from weights that an earlier fit or checkpoint has left in the module, with a new "
-            "optimizer; to resume exactly give ckpt_path, to start from scratch build a new FDFOModule"
         )
 
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 from lightning_fdfo.checkpoints.replayed_scheduler import replayed
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.schedules import churn_schedule
+from lightning_fdfo.schedules import ChurnSchedule, churns_on, uniform_sigmas
+from lightning_fdfo.settings import Sampling
 from lightning_fdfo.training.optimizer_settings import optimizer_groups
 from lightning_fdfo.training.optimizers import build_optimizer
 from lightning_fdfo.training.protocol import TrainingModule
@@ -39,9 +41,7 @@ def cannot_learn(module: TrainingModule, max_epochs: int | None) -> list[str]:
             "lightning-fdfo validate, which scores without training"
         )
     with suppress(ValueError):  # a negative one has its own error
-        steps = min(sampling.num_steps, 2)  # all but the last have the same churn, and there may be a billion
-        schedule = churn_schedule(sampling.churn, steps, initial_churn=sampling.initial_churn)
-        if not schedule.any():
+        if not churns_on(_grid(sampling), sampling.churn, initial_churn=sampling.initial_churn).any():
             found.append(
                 f"sampling: with churn {sampling.churn} and initial_churn {sampling.initial_churn} at "
                 f"{sampling.num_steps} steps the two images of every pair are equal, so that nothing trains: expected "
@@ -53,6 +53,14 @@ def cannot_learn(module: TrainingModule, max_epochs: int | None) -> list[str]:
             "lr_scheduler that raises it"
         )
     return found
+
+
+def _grid(sampling: Sampling) -> Tensor:
+    """Noise levels that stand for the model's own, which is not loaded: a schedule is asked for many.
+
+    The steps of a number all have the same churn, but for the last, and there may be a billion.
+    """
+    return uniform_sigmas(1000 if isinstance(sampling.churn, ChurnSchedule) else min(sampling.num_steps, 2))
 
 
 def _weightless(term: RewardTerm, max_epochs: int | None) -> bool:

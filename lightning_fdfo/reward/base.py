@@ -45,6 +45,8 @@ class Reward(ABC):
     """What `setup` loads, with the options' defaults; an instance may have its own."""
     packaged_weights: str = ""
     """Weights that came with an installed package: which, and their licence, in words."""
+    differentiable: bool = False
+    """Whether its scores carry a gradient where the images do: a term of it may then say `gradient: true`."""
     device: str | None = None
     """Where it runs, if not beside the flow: "cpu" for a reward that has no use for a GPU."""
 

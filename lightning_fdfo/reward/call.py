@@ -69,6 +69,46 @@ def score_images(
     return score
 
 
+@torch.enable_grad()
+def image_gradient(
+    name: str,
+    reward: Reward,
+    device: torch.device,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Metadata],
+) -> Tensor:
+    """The gradient of each image's score at the image, of a reward that is differentiable.
+
+    Args:
+        name: of the term.
+        reward: set up on `device`.
+        device: to which the reward's own copy of the images goes.
+        images: [N, 3, H, W], on any device.
+        prompts: N strings.
+        metadata: N mappings.
+
+    Returns:
+        [N, 3, H, W], float32, on the images' device.
+
+    Raises:
+        RewardError: it raised something, its scores carry no gradient, or that is not finite.
+    """
+    with (
+        guarded(name, reward, f"failed on images on {device}", f"it is differentiated at {len(images)} images"),
+        torch.autocast(device.type, enabled=False),
+        _current(device),
+    ):
+        own = images.detach().to(device, torch.float32, copy=True).requires_grad_()
+        scores = reward(own, list(prompts), [own_metadata(row) for row in metadata])
+        if not isinstance(scores, Tensor) or not scores.requires_grad:
+            raise _failure(name, reward, "expected scores that carry a gradient, for it says `differentiable = True`")
+        (gradient,) = torch.autograd.grad(scores.sum(), own)
+    if not bool(gradient.isfinite().all()):
+        raise _failure(name, reward, f"the gradient of its score is not finite, prompt {prompts[0]!r}")
+    return gradient.to(images.device)
+
+
 def own_metadata(metadata: Metadata) -> Metadata:
     """A copy that shares nothing that can be changed.
 

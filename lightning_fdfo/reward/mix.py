@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.base import Metadata
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.routing import Route
@@ -42,10 +43,12 @@ class RewardMix:
     still says how much a term can do. Clip is odd, and weight, route and gate belong to the pair: the two branches'
     differences stay opposite.
 
+    A term with `gradient: true` adds nothing to `difference`: it adds the gradient of its score, see `pulls`.
+
     Args:
         terms: name -> weight, or name -> `{reward: NAME or {class_path, init_args}, weight, scale, clip, gate,
-            device, time_limit}`, or (in Python) name -> RewardTerm. The short form's name is the reward's; the long
-            form's is free, so that one class can come several times.
+            device, time_limit, gradient}`, or (in Python) name -> RewardTerm. The short form's name is the reward's;
+            the long form's is free, so that one class can come several times.
 
     Raises:
         ConfigurationError: nothing in it, an unknown key or reward, a value that makes no sense.
@@ -217,8 +220,46 @@ class RewardMix:
         added = {}
         for name, term in self.terms.items():
             values, compared = differences[name]
+            if term.gradient:
+                added[name] = torch.zeros(len(values))
+                continue
             weighted = self._weigh(name, values, compared, scores[name], epoch, term.clip)
             added[name] = torch.where(self.passes(name, scores), weighted, 0.0)
+        return added
+
+    @property
+    def gradient_terms(self) -> list[str]:
+        """Names of the terms that train by their gradient."""
+        return [name for name, term in self.terms.items() if term.gradient]
+
+    def image_gradient(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The gradient of a term's scores at the images, in the reward's own units: [N, 3, H, W].
+
+        Raises:
+            RewardError: the reward failed, or its gradient is not finite.
+        """
+        texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+        return self._scorer.image_gradient(name, images, texts, metadata)
+
+    def pulls(self, gradients: Mapping[str, Tensor], scores: Mapping[str, Scores], epoch: int = 0) -> dict[str, Tensor]:
+        """What each term with `gradient: true` adds to the total's gradient at the final latents.
+
+            weight_t * route_t * gate_t * sign_t / scale_t * gradient_t
+
+        Args:
+            gradients: name -> [N, ...], in the reward's own units.
+            scores: name -> scores of the same N images.
+            epoch: whose weights.
+
+        Returns:
+            name -> [N, ...], float32.
+        """
+        added = {}
+        for name, gradient in gradients.items():
+            counted = scores[name].scored & self.passes(name, scores)
+            factor = self._weigh(name, torch.ones(len(gradient)), counted, scores[name], epoch)
+            weighted = factor.reshape(-1, *[1] * (gradient.ndim - 1)) * gradient
+            added[name] = weighted.nan_to_num(nan=0.0)  # of an image that was left out
         return added
 
     def _weigh(

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_fdfo.errors import RewardError, StoppedError
 from lightning_fdfo.files import is_first_process
 from lightning_fdfo.reward.base import Metadata, Reward
-from lightning_fdfo.reward.call import check_device, check_prompt, guarded, overdue, score_images
+from lightning_fdfo.reward.call import check_device, check_prompt, guarded, image_gradient, overdue, score_images
 from lightning_fdfo.reward.origin import describe
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.scores import Scores
@@ -152,6 +152,11 @@ class RewardScorer:
         with scoring.ended_on_error():
             scoring.add(score(here))
         return scoring
+
+    def image_gradient(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """The gradient of one reward's scores at the images: [N, 3, H, W]."""
+        device = self._devices.get(name, images.device)
+        return image_gradient(name, self.rewards[name], device, images, prompts, metadata)
 
     def _by_thread(self, device: torch.device) -> tuple[list[str], list[list[str]]]:
         """Names of the rewards that run on the images' device, and those of each other thread."""

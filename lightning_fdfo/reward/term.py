@@ -12,6 +12,7 @@ In a configuration a term has a short or a long form:
         gate: {reward: OCR, above: -0.5}
         device: cpu
         time_limit: 60
+        gradient: false                                           # true: by the reward's own gradient
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ class RewardTerm:
         clip: > 0; bounds a pair's half difference, after the scale and before the weight; None does not.
         gate: for which pairs it counts; None for all.
         time_limit: > 0; seconds that scoring one batch may take, after which the reward has failed; None: no limit.
+        gradient: trains by the gradient of the score at the final latents, through the decoder, instead of the pair's
+            half difference: exact, and the same for all steps, as the half difference is. For rewards that are
+            `differentiable`; it takes a backward pass of decoder and reward for each image. There is nothing to clip.
 
     Example:
         >>> term = RewardTerm(lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)), {0: 1.0, 20: 0.5})
@@ -76,6 +80,7 @@ class RewardTerm:
     clip: float | None = None
     gate: Gate | None = None
     time_limit: float | None = None
+    gradient: bool = False
 
     def weight_at(self, epoch: int) -> float:
         """Its weight in an epoch: a function of the epoch alone."""
@@ -127,7 +132,7 @@ def _parse_term(name: str, value: Any) -> RewardTerm:
     unknown = [key for key in value if key not in KEYS] if isinstance(value, Mapping) else []
     if not isinstance(value, Mapping) or "reward" not in value or unknown:
         got = f"the key {unknown[0]!r}{did_you_mean(str(unknown[0]), KEYS)}" if unknown else repr(value)
-        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate, device and time_limit, got {got}")
+        raise ConfigurationError(f"{expected}, and maybe scale, clip, gate, device, time_limit and gradient, got {got}")
     return RewardTerm(**{**value, "reward": _load(value["reward"], expected), "gate": _load_gate(value.get("gate"))})
 
 
@@ -170,7 +175,21 @@ def _checked(name: str, term: RewardTerm) -> RewardTerm:
     for key, (makes_sense, expected) in _VALUES.items():
         if not makes_sense(value := getattr(term, key)):
             raise ConfigurationError(f"rewards.{name}: expected {expected} {value!r}")
+    if term.gradient:
+        _check_gradient(name, term)
     return replace(term, **{key: _as_floats(getattr(term, key)) for key in ("weight", "scale", "clip", "time_limit")})
+
+
+def _check_gradient(name: str, term: RewardTerm) -> None:
+    """Raises ConfigurationError for a term that cannot train by its gradient."""
+    if not getattr(term.reward, "differentiable", False):
+        what = getattr(term.reward, "name", None) or getattr(term.reward, "__name__", type(term.reward).__name__)
+        raise ConfigurationError(
+            f"rewards.{name}: gradient: true needs a reward that is differentiable, and {what} is not (or does not say "
+            "so, by `differentiable = True`): leave gradient out, and it trains by the differences of pairs"
+        )
+    if term.clip is not None:
+        raise ConfigurationError(f"rewards.{name}: expected no clip with gradient: true, got clip {term.clip}")
 
 
 def _is_number(value: Any) -> bool:
@@ -218,6 +237,7 @@ _VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "clip": (_is_positive_or_none, "clip null or a number above 0, got clip"),
     "gate": (_is_gate, "a gate like {reward: OCR, above: 0.8}, with above, below, or both with above the smaller, got"),
     "device": (_is_device, "a device like cpu or cuda:1, got"),
+    "gradient": (lambda gradient: isinstance(gradient, bool), "gradient true or false, got gradient"),
     "time_limit": (_is_positive_or_none, "time_limit null or seconds above 0, got time_limit"),
 }  # fmt: skip
 """Key of a term -> whether a value makes sense, and what is expected."""

@@ -11,32 +11,36 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import RewardError
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.generate import encode_prompts
-from lightning_fdfo.objective import Normalization, half_differences, normalize_difference
+from lightning_fdfo.objective import Normalization, add_gradient, half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.scores import kept_pairs
+from lightning_fdfo.rollout.adaptation import Adaptation
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, StartedRollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
 from lightning_fdfo.rollout.run_context import RunContext
 from lightning_fdfo.rollout.scores import EpochScores, gather, own_rows, weigh
-from lightning_fdfo.settings import FailurePolicy, Sampling
+from lightning_fdfo.schedules import AdaptiveChurn
+from lightning_fdfo.settings import FailurePolicy, Objective, Sampling
 
 
 class RolloutCollector:
     """A sized iterable: each `iter()` rolls out the current epoch, then yields its batches of points.
 
     Lightning takes it for a plain training loader, so accumulation, precision and resuming are Lightning's own. Nothing
-    that an epoch depends on is kept from the one before, but the running deviations in `rewards`.
+    that an epoch depends on is kept from the one before, but the running deviations in `rewards` and `adaptation`.
 
     Callbacks are called with `on_rollout_batch_start(trainer, pl_module)` before each batch of pairs, and with
     `on_rollout_end(trainer, pl_module, rollout, scores)` once an epoch is scored: this device's pairs as a `Rollout`,
@@ -51,6 +55,7 @@ class RolloutCollector:
         context: of the run: its devices, precision, epoch and callbacks.
         seed: the run's.
         normalization: of the direction.
+        adaptation: what the run adapts; None adapts the churn alone.
         rollout_batch_size: pairs per forward; sets memory only.
         failures: whether a reward's failure ends the run, and how many pairs may be dropped.
     """
@@ -65,6 +70,7 @@ class RolloutCollector:
         context: RunContext,
         *,
         seed: int,
+        adaptation: Adaptation | None = None,
         normalization: Normalization = "mean_square",
         rollout_batch_size: int = 8,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
@@ -76,6 +82,7 @@ class RolloutCollector:
         self.sampling = sampling
         self.context = context
         self.seed = seed
+        self.adaptation = adaptation or Adaptation(sampling, Objective())
         self.normalization = normalization
         self.rollout_batch_size = rollout_batch_size
         self.failures = failures
@@ -95,6 +102,8 @@ class RolloutCollector:
         endpoint_difference = half_differences(rollout.points.ends)
         reward_difference = self.weigh_scores(rollout, endpoint_difference, epoch)
         directions = normalize_difference(endpoint_difference, self.normalization)
+        if rollout.gradients:
+            directions, reward_difference = self._add_gradients(rollout, directions, reward_difference, epoch)
         del endpoint_difference
         self.end = time.perf_counter()
         kept, sigmas, conditioning = rollout.points, rollout.sigmas, rollout.conditioning
@@ -166,6 +175,7 @@ class RolloutCollector:
                     seed=self.seed,
                     epoch=epoch,
                     sampling=self.sampling,
+                    churn_factor=self.adaptation.churn_factor(epoch),
                     device=self.context.device,
                     drop=self.failures.drops_pairs,
                     after=last,
@@ -199,6 +209,30 @@ class RolloutCollector:
         self.metrics["rollout/images_per_second"] = 2 * kept / rollout.seconds
         if self.failures.drops_pairs:
             self.metrics["reward/dropped"] = dropped
+        self._adapt(epoch)
         self.context.announce("on_rollout_end", rollout, self.scores)
-        difference = self.scores.difference[own_rows(rollout.pairs)]
+        trained = self.adaptation.scale(epoch, self.scores.difference, self.scores.kept_rows)
+        difference = trained[own_rows(rollout.pairs)]
         return difference * (num_pairs / kept) if dropped else difference
+
+    def _add_gradients(
+        self, rollout: Rollout, directions: Tensor, difference: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the pull of the terms that train by their gradient, and logs the size of each."""
+        scores, rows = cast(EpochScores, self.scores), own_rows(rollout.pairs)
+        own = {name: one.select(rows) for name, one in scores.scores.items()}
+        kept, num_kept = scores.kept_rows[rows], int(scores.kept.sum())
+        pulls = self.rewards.pulls(rollout.gradients, own, epoch)
+        for name, pull in pulls.items():
+            squares = self.context.all_sum(pull[kept].pow(2).flatten(1).mean(dim=1).sum()[None]).item()
+            self.metrics[f"reward/{name}/gradient"] = (squares / (2 * num_kept)) ** 0.5
+        total = self.adaptation.scaled(torch.stack(list(pulls.values())).sum(dim=0))
+        total[~kept] = 0.0
+        distance = None if self.normalization == "mean_square" else scores.distance[rows].sqrt()
+        return add_gradient(directions, difference, total * (self.plan.num_pairs / num_kept), distance)
+
+    def _adapt(self, epoch: int) -> None:
+        """Moves the churn's factor for the next epoch, and logs this one's."""
+        if isinstance(self.sampling.churn, AdaptiveChurn):
+            self.metrics["rollout/churn_factor"] = self.adaptation.churn_factor(epoch)
+            self.adaptation.steer_churn(epoch, self.metrics["rollout/pair_distance"])

@@ -29,9 +29,10 @@ from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
 from lightning_fdfo.reward.scorer import Scoring
 from lightning_fdfo.reward.scores import Scores
+from lightning_fdfo.rollout.gradients import reward_gradients, without_failures
 from lightning_fdfo.rollout.points import PairPoints
 from lightning_fdfo.sampling import stream_pairs
-from lightning_fdfo.schedules import churn_schedule
+from lightning_fdfo.schedules import churns_on
 from lightning_fdfo.settings import Sampling
 
 
@@ -52,6 +53,8 @@ class Rollout(NamedTuple):
     """name of a reward -> its scores of 2P images"""
     statistics: dict[str, Tensor]
     """name of an image statistic -> [2P]"""
+    gradients: dict[str, Tensor]
+    """name of a reward -> the gradient of its score at the final latents, [2P, ...]"""
     seconds: float
     """from its first step to its last score"""
 
@@ -66,6 +69,7 @@ class Rollout(NamedTuple):
             conditioning,
             {name: Scores.cat([chunk.scores[name] for chunk in chunks]) for name in chunks[0].scores},
             {name: torch.cat([chunk.statistics[name] for chunk in chunks]) for name in chunks[0].statistics},
+            {name: torch.cat([chunk.gradients[name] for chunk in chunks]) for name in chunks[0].gradients},
             seconds,
         )
 
@@ -89,7 +93,7 @@ class StartedRollout:
     def result(self) -> Rollout:
         """Waits for the scores; raises RewardError, which names the pair, if a reward failed."""
         with _named(self._rollout.pairs, self._epoch):
-            scores = self._scoring.result()
+            scores = without_failures(self._scoring.result(), self._rollout.gradients)
         return self._rollout._replace(scores=scores, seconds=time.perf_counter() - self._begun)
 
     def ended_on_error(self) -> AbstractContextManager[None]:
@@ -110,6 +114,7 @@ def start_rollout(
     epoch: int,
     sampling: Sampling,
     device: torch.device,
+    churn_factor: float = 1.0,
     drop: bool = False,
     after: StartedRollout | None = None,
 ) -> StartedRollout:
@@ -126,6 +131,7 @@ def start_rollout(
         epoch: the current one.
         sampling: settings.
         device: where the model is.
+        churn_factor: what the churn is multiplied by, see `AdaptiveChurn`.
         drop: whether a reward's failure leaves an image without a score, with a warning.
         after: pairs that may still be scored while these are sampled; these are scored after them.
 
@@ -140,24 +146,29 @@ def start_rollout(
     per_branch = conditioning.to(device)[[row for row in range(len(pairs)) for _ in range(2)]]
     generators = [generator(Stream.LATENTS, seed, epoch, pair) for pair in pairs]
     names = [f"epoch {epoch}, pair {pair}, prompt {p.text!r}" for pair, p in zip(pairs, prompts, strict=True)]
-    images = _sample(flow, per_branch, generators, sampling, device, names, points)
+    sigmas = flow.sigmas(sampling.num_steps, sampling.height, sampling.width)
+    churns = churn_factor * churns_on(sigmas, sampling.churn, initial_churn=sampling.initial_churn)
+    ends, images = _sample(flow, per_branch, generators, sampling, sigmas, churns, device, names, points)
     rollout = Rollout(
         pairs,
         [prompt.text for prompt in prompts],
-        flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
+        sigmas,
         points,
         conditioning.to("cpu"),
         {},
         {name: value.cpu() for name, value in image_statistics(images).items()},
+        {},
         0.0,
     )
     if after is not None:
         after.result()
     twice = [prompt for prompt in prompts for _ in range(2)]
     texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
+    targets = routes(rewards.terms, metadata)
     with _named(pairs, epoch):
-        scoring = rewards.start(images, texts, metadata, routes=routes(rewards.terms, metadata), drop=drop)
-    return StartedRollout(rollout, scoring, epoch, begun)
+        gradients = reward_gradients(flow, rewards, ends, images, twice, targets, drop=drop)
+        scoring = rewards.start(images, texts, metadata, routes=targets, drop=drop)
+    return StartedRollout(rollout._replace(gradients=gradients), scoring, epoch, begun)
 
 
 def _sample(
@@ -165,11 +176,13 @@ def _sample(
     conditioning: Conditioning,
     generators: list[Generator],
     sampling: Sampling,
+    sigmas: Tensor,
+    churns: Tensor,
     device: torch.device,
     names: Sequence[str],
     points: PairPoints,
-) -> Tensor:
-    """Both branches' images, [2P, 3, H, W]; fills `points`.
+) -> tuple[Tensor, Tensor]:
+    """Both branches' final latents, [2P, ...], and images, [2P, 3, H, W]; fills `points`.
 
     A pair's generator gives its initial latents first, then the fresh noise of both branches at each step.
 
@@ -178,6 +191,8 @@ def _sample(
         conditioning: 2P rows, on `device`.
         generators: P, one per pair.
         sampling: settings.
+        sigmas: [T+1]
+        churns: [T+1]
         device: where the model is.
         names: P, what an error calls the pairs.
         points: of these pairs, on the CPU.
@@ -188,8 +203,8 @@ def _sample(
     ends = stream_pairs(
         velocity,
         stack_normal(generators, *shape).to(device),
-        flow.sigmas(sampling.num_steps, sampling.height, sampling.width),
-        churn_schedule(sampling.churn, sampling.num_steps, initial_churn=sampling.initial_churn),
+        sigmas,
+        churns,
         lambda k: branch_normal(generators, *shape, antithetic=sampling.antithetic).to(device),
         here.record,
     )
@@ -197,7 +212,7 @@ def _sample(
     points.take(here)
     images = flow.decode(ends)
     velocity.check(ends, images, [name for name in names for _ in range(2)], conditioning)
-    return images
+    return ends, images
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.rollout.adaptation import Adaptation
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
 from lightning_fdfo.training.epoch_log import EpochLog
+from lightning_fdfo.training.seeded_dropout import SeededDropout
 
 
 class TrainingModule(Protocol):
@@ -37,7 +39,10 @@ class TrainingModule(Protocol):
     resume_overrides: frozenset[str]
     has_trained: bool
     collector: RolloutCollector | None
+    adaptation: Adaptation
+    batch: TrajectoryPoints | None
     epoch_log: EpochLog
+    dropout: SeededDropout
 
     @property
     def trainer(self) -> Trainer:
@@ -52,6 +57,9 @@ class TrainingModule(Protocol):
 
     def log_means(self, values: Mapping[str, Any], count: int) -> None:
         """Logs means over an epoch and over devices, see `EpochLog.add`."""
+
+    def velocity(self, batch: TrajectoryPoints) -> Tensor:
+        """The flow's velocity at a batch's points: [B, ...]."""
 
     def base_velocity(self, batch: TrajectoryPoints) -> Tensor:
         """The base model's velocity at a batch's points: [B, ...]."""

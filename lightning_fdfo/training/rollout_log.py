@@ -19,7 +19,8 @@ class RolloutLog(Callback):
     """Logs the collector's numbers, `train/drift` of a LoRA, and `train/points_per_second`.
 
     The drift takes the base model's velocity at an epoch's first batch: a forward of its own, unless a `kl_weight`
-    needs it too. An epoch's rollout lies behind its first batch.
+    needs it too. An epoch's rollout lies behind its first batch. With a `kl_target` it is measured in each epoch, and
+    moves the weight, `train/kl_weight`.
 
     `FDFOModule.configure_callbacks` returns this callback.
     """
@@ -36,10 +37,15 @@ class RolloutLog(Callback):
             return
         module = cast(TrainingModule, pl_module)
         metrics: dict[str, Any] = dict(cast(RolloutCollector, module.collector).metrics)
-        if module.lora is not None and trainer.current_epoch % module.evaluation.drift_every == 0:
+        steers = module.objective.kl_target is not None
+        if module.lora is not None and (steers or trainer.current_epoch % module.evaluation.drift_every == 0):
             with trainer.precision_plugin.forward_context():
                 base_velocity = module.base_velocity(batch)
-            metrics["train/drift"] = drift(batch.old_velocity, base_velocity, partial(all_sum, trainer))
+            measured = drift(batch.old_velocity, base_velocity, partial(all_sum, trainer))
+            metrics["train/drift"] = measured
+            if steers:
+                module.adaptation.steer_kl(trainer.current_epoch, measured.item())
+                metrics["train/kl_weight"] = module.adaptation.kl_weight
         module.log_means(metrics, 1)
         if not trainer.barebones:
             pl_module.log("mean_reward", metrics["reward/mean"], prog_bar=True, logger=False)

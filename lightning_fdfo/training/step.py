@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_fdfo.objective import velocity_divergence, velocity_objective
 from lightning_fdfo.rollout.points import TrajectoryPoints
-from lightning_fdfo.settings import Objective
 
 
 def batch_loss(
-    velocity: Tensor, batch: TrajectoryPoints, objective: Objective, base_velocity: Callable[[], Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+    velocity: Tensor,
+    batch: TrajectoryPoints,
+    clip_range: float,
+    kl_weight: float,
+    base_velocity: Callable[[], Tensor],
+) -> tuple[Tensor, dict[str, Any]]:
     """The objective, averaged over a batch.
 
     Args:
         velocity: [B, ...], of the model that trains, with its gradient.
         batch: B points.
-        objective: its settings.
+        clip_range: of `velocity_objective`.
+        kl_weight: of mean((v - v_base)^2).
         base_velocity: gives the base model's velocity, [B, ...]; called if `kl_weight` is not 0.
 
     Returns:
         The loss, and what is logged of it by name.
     """
     loss, ratio = velocity_objective(
-        velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=objective.clip_range
+        velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=clip_range
     )
     mean_loss = loss.mean()
     logged = {
         "train/ratio": ratio.mean(),
-        "train/clip_fraction": ((ratio - 1).abs() > objective.clip_range).float().mean(),
+        "train/clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
     }
-    if objective.kl_weight:
+    if kl_weight:
         divergence = velocity_divergence(velocity, base_velocity()).mean()
-        mean_loss = mean_loss + objective.kl_weight * divergence
+        mean_loss = mean_loss + kl_weight * divergence
         logged["train/divergence"] = divergence
     return mean_loss, {"train/loss": mean_loss, **logged}
 

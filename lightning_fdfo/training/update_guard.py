@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,6 +36,14 @@ class UpdateGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier fit's updates."""
         self.num_updates = self.num_skipped = self._skipped_in_a_row = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Reports a `fit` without `ckpt_path` from trained weights, as in a notebook's cell that is run again."""
+        if cast(TrainingModule, pl_module).has_trained and trainer.ckpt_path is None:
+            rank_zero_info(
+                "This fit begins from weights that an earlier fit or checkpoint has left in the module, with a new "
+                "optimizer; to resume exactly give ckpt_path, to start from scratch build a new FDFOModule"
+            )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs, and skips the update if its gradient is not finite."""

@@ -25,6 +25,7 @@ class Colorfulness(Reward):
     """
 
     range = (0.0, 512.0)
+    differentiable = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch; see `Reward.__call__`."""

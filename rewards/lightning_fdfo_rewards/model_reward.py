@@ -27,6 +27,8 @@ class ModelReward(Reward):
         ConfigurationError: another dtype, a batch_size below 1.
     """
 
+    differentiable = True
+
     def __init__(self, dtype: DType = "float32", batch_size: int = 16, device: str | None = None) -> None:
         if dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"{self.name}: expected dtype float32 or bfloat16, got {dtype!r}")
@@ -62,14 +64,14 @@ class ModelReward(Reward):
         if loaded is None or loaded[0] != device:
             self._loaded = (device, self.load(device))
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch in chunks of `batch_size`; see `Reward.__call__`."""
-        chunks = [
-            self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
-            for start in range(0, len(images), self.batch_size)
-        ]
-        return torch.cat(chunks).float() if chunks else torch.zeros(0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            chunks = [
+                self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
+                for start in range(0, len(images), self.batch_size)
+            ]
+            return torch.cat(chunks).float() if chunks else torch.zeros(0)
 
 
 def from_tensors(

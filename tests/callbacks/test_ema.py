@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from lightning_fdfo import LoRA, PromptDataModule
 from lightning_fdfo.callbacks import EMA, LoRAExport
 from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
-from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.errors import ConfigurationError, RewardError
 from lightning_fdfo.flows.lora_files import LORA_FILE
+from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import trainable
 
 
@@ -275,3 +276,46 @@ def test_sharded_weights_are_averaged_in_place_and_saved_whole(tmp_path):
         torch.testing.assert_close(module.weight.full_tensor(), start + 1)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Rollouts(Callback):
+    """Keeps the weights that generate each rollout's batches, and those after it."""
+
+    def __init__(self):
+        self.generate, self.after = [], []
+
+    def on_rollout_batch_start(self, trainer, pl_module):
+        self.generate.append(trainable(pl_module))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.after.append(trainable(pl_module))
+
+
+@pytest.mark.parametrize("rollouts", [False, True])
+def test_the_average_generates_rollouts_where_it_is_asked_to(toy_module, fit, rollouts):
+    ema, watch, seen = EMA(decay=0.5, warmup=False, rollouts=rollouts), Watch(), Rollouts()
+    module = toy_module(updates_per_epoch=1, batch_size=128, rollout_batch_size=8)
+    fit(module, 3, callbacks=[ema, watch, seen])
+    start, (one, two, _) = seen.generate[0], watch.after_batch
+    average = averages(start, [one, two], [0.5, 0.5])
+    for batches, raw, averaged in ((seen.generate[2:4], one, average[0]), (seen.generate[4:6], two, average[1])):
+        for weights in batches:
+            assert_close(weights, averaged if rollouts else {name: value.double() for name, value in raw.items()})
+    for weights, raw in zip(seen.after, (start, one, two), strict=True):
+        assert_same(weights, raw)
+
+
+def test_a_rollout_that_fails_leaves_the_weights_themselves(toy_module, fit):
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) > 2:
+            raise ValueError("no more")
+        return images.mean(dim=(1, 2, 3))
+
+    ema, watch = EMA(decay=0.5, warmup=False, rollouts=True), Watch()
+    module = toy_module(rewards={"short": RewardTerm(reward)}, rollout_batch_size=16)
+    with suppress(RewardError):
+        fit(module, 4, callbacks=[ema, watch])
+    assert_same(trainable(module), watch.after_batch[-1])

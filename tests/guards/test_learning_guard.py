@@ -119,7 +119,7 @@ def test_a_gate_that_is_shut_names_the_scores_that_it_waits_for(reported):
 
 
 def test_equal_images_are_named_as_the_cause(reported, monkeypatch):
-    monkeypatch.setattr("lightning_fdfo.rollout.pairs.churn_schedule", lambda *_, **__: torch.zeros(5))
+    monkeypatch.setattr("lightning_fdfo.rollout.pairs.churns_on", lambda *_, **__: torch.zeros(5))
     said = reported()
     assert said[0].endswith("the two images of each pair are equal: raise sampling.churn")
 
