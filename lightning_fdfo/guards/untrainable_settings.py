@@ -34,14 +34,17 @@ def cannot_learn(module: TrainingModule, max_epochs: int | None) -> list[str]:
     """
     sampling = module.sampling
     found = []
-    if all(_weightless(term, max_epochs) for term in module.rewards.terms.values()):
+    weighted = [term for term in module.rewards.terms.values() if not _weightless(term, max_epochs)]
+    if not weighted:
         names = ", ".join(module.rewards.terms)
         found.append(
             f"rewards: all weights are 0 in all epochs ({names}), so that nothing trains: give one a weight, or use "
             "lightning-fdfo validate, which scores without training"
         )
+    by_gradient = module.objective.normalization == "mean_square" and any(term.gradient for term in weighted)
     with suppress(ValueError):  # a negative one has its own error
-        if not churns_on(_grid(sampling), sampling.churn, initial_churn=sampling.initial_churn).any():
+        churns = churns_on(_grid(sampling), sampling.churn, initial_churn=sampling.initial_churn)
+        if not by_gradient and not churns.any():
             found.append(
                 f"sampling: with churn {sampling.churn} and initial_churn {sampling.initial_churn} at "
                 f"{sampling.num_steps} steps the two images of every pair are equal, so that nothing trains: expected "

@@ -33,6 +33,8 @@ from lightning_fdfo.testing.reward_sample import PROMPTS, Sample, make_sample, s
 
 HEAVY = ("diffusers", "lightning", "onnxruntime", "open_clip", "timm", "torchvision", "transformers")
 """What importing a reward's module must not import."""
+STEPS = (0.1, 0.03, 0.01, 3e-3, 1e-3)
+"""Along a gradient, of a pixel's range: the largest number of it goes so far."""
 MAX_PICKLE = 100_000
 """Bytes: a configuration is smaller, weights are larger."""
 
@@ -171,6 +173,24 @@ def _leaves_no_gradient(sample: Sample) -> str | None:
     return "freeze the model: requires_grad_(False), or score under torch.no_grad()" if scores.requires_grad else None
 
 
+def _carries_a_gradient(sample: Sample) -> str | None:
+    """Carries a gradient that leads to better scores, where it says that it is differentiable."""
+    if not sample.reward.differentiable:
+        return None
+    images = 0.25 + 0.5 * sample.images[1:2]  # noise, away from black and white, where a clamp has no gradient
+    with torch.enable_grad():
+        own = images.clone().requires_grad_()
+        score = sample.score(slice(1, 2), images=torch.cat([own, own]))
+        if not score.requires_grad:
+            return "it says differentiable, and its score carries no gradient: score without torch.no_grad()"
+        (gradient,) = torch.autograd.grad(score.sum(), own)
+    if not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+        return f"expected a finite gradient that is not 0 everywhere, its sum of squares is {gradient.square().sum()}"
+    way = gradient / gradient.abs().max()
+    higher = [sample.score(slice(1, 2), images=torch.cat([images, images + step * way])) for step in STEPS]
+    return None if any(bool(one > score) for one in higher) else "no step along its gradient raises its score"
+
+
 def _is_deterministic(sample: Sample) -> str | None:
     """Gives the same scores again, and draws no global random numbers."""
     before = _global_generators()
@@ -241,6 +261,7 @@ CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
     (_gives_scores, True),
     (_stays_in_range, False),
     (_leaves_no_gradient, False),
+    (_carries_a_gradient, False),
     (_is_deterministic, False),
     (_leaves_its_arguments, False),
     (_does_not_see_the_batch, False),

@@ -352,7 +352,7 @@ def test_prompts_and_metadata_of_ones_own(here):
 
     rows = [{"text": "", "colour": number} for number in range(4)]
     problems = [result.problem for result in run_checks(Spy(), prompts=["a", "b", "c", "d"], metadata=rows)]
-    assert problems[:-1] == [None] * 10  # the last one: a class within a function does not pickle
+    assert problems[:-1] == [None] * 11  # the last one: a class within a function does not pickle
     assert (("a", "b", "c", "d"), (0, 1, 2, 3)) in seen
     assert (("c",), (2,)) in seen
 
