@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
 from lightning_fdfo.errors import ConfigurationError
@@ -91,7 +92,6 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without their shards, on the CPU; each process must call it with the same names.
 
     Example:
-        >>> import torch
         >>> full_tensors({"A": torch.ones(2)})
         {'A': tensor([1., 1.])}
     """
@@ -99,6 +99,24 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
         for name, tensor in tensors.items()
     }
+
+
+def placed_as(value: Tensor, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor on a parameter's device, sharded as that is.
+
+    Args:
+        value: whole, or sharded already.
+        parameter: where it belongs.
+        dtype: of the copy; None takes the parameter's.
+
+    Example:
+        >>> placed_as(torch.ones(2), torch.zeros(2, dtype=torch.float64))
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    copy = value.detach().to(parameter.device, dtype or parameter.dtype, copy=True)
+    if isinstance(parameter, DTensor) and not isinstance(copy, DTensor):
+        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
+    return copy
 
 
 def sum_over_processes(values: Sequence[float]) -> list[float]:

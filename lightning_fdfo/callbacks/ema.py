@@ -14,11 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_finite_checkpoint
+from lightning_fdfo.parallel import placed_as
 from lightning_fdfo.settings import check_number
 from lightning_fdfo.training.trained_state import trainable
 
@@ -85,6 +86,11 @@ class EMA(Callback):
             _check(state["average"], pl_module)
             check_finite_checkpoint(state["average"], "EMA's average")
 
+    def restart(self, pl_module: LightningModule) -> None:
+        """Begins a new average from the weights as they are."""
+        self.average, self.num_updates = {}, 0
+        self._start(pl_module)
+
     # Updates
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,7 +106,9 @@ class EMA(Callback):
     def _start(self, pl_module: LightningModule) -> None:
         if self.average:
             _check(self.average, pl_module)
-        self.average = {name: _like(self.average.get(name, p), p) for name, p in trainable(pl_module).items()}
+        self.average = {
+            name: placed_as(self.average.get(name, p), p, torch.float32) for name, p in trainable(pl_module).items()
+        }
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -187,14 +195,6 @@ class EMA(Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A float32 copy of `value`, on the parameter's device and sharded as it is."""
-    copy = value.detach().to(parameter.device, torch.float32, copy=True)
-    if isinstance(parameter, DTensor) and not isinstance(copy, DTensor):
-        return distribute_tensor(copy, parameter.device_mesh, parameter.placements)
-    return copy
 
 
 def _check(average: Mapping[str, Tensor], pl_module: LightningModule) -> None:

@@ -12,10 +12,13 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_fdfo.callbacks.ema import EMA
 from lightning_fdfo.checkpoints.run_folder import run_folder
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
 from lightning_fdfo.image_statistics import STATISTICS
+from lightning_fdfo.settings import check_number
+from lightning_fdfo.training.best_weights import BestWeights
 
 Range = tuple[float | None, float | None]
 
@@ -90,7 +93,11 @@ class RewardHackingMonitor(Callback):
 
     Args:
         bands: name of a logged number -> its band.
-        action: `warn`, or `stop`: at the end of the epoch.
+        action: `warn`; `stop`, at the end of the epoch; or `restore`: the run goes back, by itself, to the weights of
+            the epoch with the highest `reward/mean` whose numbers were in their bands, and trains on from there with
+            half the learning rate, new moments of the optimiser and a new `EMA`. The epochs go on counting. It takes
+            the memory of twice what trains, and the room in a checkpoint.
+        max_restores: with `restore`: after so many, the next one stops the run.
 
     Raises:
         ConfigurationError: no band, one that makes no sense, or one for a number that is not logged.
@@ -99,9 +106,15 @@ class RewardHackingMonitor(Callback):
         >>> monitor = RewardHackingMonitor({"image/saturation": Band(times=(0.5, 2.0))}, action="stop")
     """
 
-    def __init__(self, bands: dict[str, Band], action: Literal["warn", "stop"] = "warn") -> None:
+    def __init__(
+        self, bands: dict[str, Band], action: Literal["warn", "stop", "restore"] = "warn", max_restores: int = 3
+    ) -> None:
+        check_number("RewardHackingMonitor: max_restores", max_restores, at_least=1)
         self.bands = bands
         self.action = action
+        self.max_restores = max_restores
+        self.num_restored = 0
+        self.best = BestWeights()
         self.start: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []
         self.good = -1
@@ -112,10 +125,16 @@ class RewardHackingMonitor(Callback):
             band.check(name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": self.start, "events": self.events, "good": self.good}
+        state = {"start": self.start, "events": self.events, "good": self.good}
+        if self.action == "restore":
+            state |= {"restored": self.num_restored, "best": self.best.state_dict()}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start, self.events, self.good = state_dict["start"], state_dict["events"], state_dict["good"]
+        if self.action == "restore" and "best" in state_dict:
+            self.num_restored = state_dict["restored"]
+            self.best.load_state_dict(state_dict["best"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises ConfigurationError for a statistic or a reward that does not exist."""
@@ -128,6 +147,11 @@ class RewardHackingMonitor(Callback):
                     f"RewardHackingMonitor: nothing logs {name}; there are {', '.join(sorted(known))}, train/drift, "
                     f"and reward/NAME/mean of the rewards {', '.join(terms)}"
                 )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the weights that training begins with, to go back to."""
+        if self.action == "restore":
+            self.best.begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares the epoch's numbers with their bands; the drift in the epochs that measure it."""
@@ -150,14 +174,27 @@ class RewardHackingMonitor(Callback):
             event = {"epoch": trainer.current_epoch, "number": name, "value": metrics[name], "start": self.start[name]}
             event |= {"kind": band.kind, "lowest": band.range[0], "highest": band.range[1]}
             self.events.append(event | {"last_good_checkpoint": self.good - 1})
+        restores = self.action == "restore" and self.num_restored < self.max_restores
+        if self.action == "restore":
+            self.best.end_epoch(pl_module, trainer.current_epoch, None if left else metrics["reward/mean"])
         if left:
-            rank_zero_warn(self._report(trainer, left, metrics))
-            trainer.should_stop = trainer.should_stop or self.action == "stop"
+            rank_zero_warn(self._report(trainer, left, metrics, restores))
+            trainer.should_stop = trainer.should_stop or not (restores or self.action == "warn")
+        if left and restores:
+            self._restore(trainer, pl_module)
         if trainer.is_global_zero:
             record = {"start": self.start, "events": self.events}
             write_text(run_folder(trainer) / "reward_hacking.json", json.dumps(record, indent=2) + "\n")
 
-    def _report(self, trainer: Trainer, left: list[str], metrics: dict[str, float]) -> str:
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.num_restored += 1
+        self.best.restore(trainer, pl_module, factor=0.5)
+        self.events[-1]["restored"] = self.best.epoch
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMA):
+                callback.restart(pl_module)
+
+    def _report(self, trainer: Trainer, left: list[str], metrics: dict[str, float], restores: bool) -> str:
         numbers = []
         for name in left:
             band = self.bands[name]
@@ -166,8 +203,15 @@ class RewardHackingMonitor(Callback):
                 f"{name} is {metrics[name]:.4g} ({self.start[name]:.4g} in epoch 0), {band.kind} "
                 f"{band.measure(metrics[name], self.start[name]):.3g}, band {low} to {high}"
             )
-        stops = "the run stops" if self.action == "stop" else "look at the pictures"
-        return f"epoch {trainer.current_epoch}: {'; '.join(numbers)}: {stops}, and {self._cure(trainer)}"
+        said = f"epoch {trainer.current_epoch}: {'; '.join(numbers)}"
+        if restores:
+            found = (
+                f"the weights that generated epoch {self.best.epoch}" if self.best.epoch >= 0 else "its first weights"
+            )
+            left_over = self.max_restores - self.num_restored - 1
+            return f"{said}: the run goes back to {found}, with half the learning rate ({left_over} restores are left)"
+        stops = "look at the pictures" if self.action == "warn" else "the run stops"
+        return f"{said}: {stops}, and {self._cure(trainer)}"
 
     def _cure(self, trainer: Trainer) -> str:
         epoch = self.good - 1

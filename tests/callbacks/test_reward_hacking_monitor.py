@@ -1,11 +1,13 @@
 import json
+import warnings
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_fdfo.callbacks import Band, RewardHackingMonitor
+from lightning_fdfo.callbacks import EMA, Band, RewardHackingMonitor
 from lightning_fdfo.errors import ConfigurationError
+from tests.conftest import trainable
 
 
 def train(fit, module, monitor, tmp_path, epochs=6, **options):
@@ -120,3 +122,73 @@ def test_a_number_that_nothing_logs_is_told_before_any_model_is_loaded(toy_modul
 def test_another_name_is_told_after_the_first_epoch(toy_module, fit):
     with pytest.raises(ConfigurationError, match=r"\['loss'\] was not logged in epoch 0; logged: image/brightness"):
         fit(toy_module(), 1, callbacks=[RewardHackingMonitor({"loss": Band(value=(0, 1))})])
+
+
+# Going back by itself
+
+
+class Weights(ModelCheckpoint):
+    """Keeps the weights and the learning rate of each epoch's end, as its checkpoint has them."""
+
+    def __init__(self):
+        super().__init__(save_top_k=0)
+        self.ends, self.rates = [], []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.ends.append(trainable(pl_module))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def restoring(numbers, max_restores=3):
+    """Out of its band from epoch 3 on, if nothing is done; epoch 2 is the best before."""
+    limit = (numbers[3]["image/brightness"] + numbers[2]["image/brightness"]) / 2 - numbers[0]["image/brightness"]
+    band = Band(change=(None, limit))
+    return RewardHackingMonitor({"image/brightness": band}, action="restore", max_restores=max_restores)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_it_goes_back_to_the_best_weights_and_halves_the_learning_rate(greedy, fit, numbers, tmp_path, scheduled):
+    kept, monitor, module, ema = Weights(), restoring(numbers), greedy(), EMA(decay=0.9)
+    if scheduled:
+        module.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.warns(UserWarning, match=r"epoch 3: .* goes back to the weights that generated epoch 2, with half"):
+        fit(module, 5, callbacks=[monitor, kept, ema], enable_checkpointing=True, default_root_dir=tmp_path / "run")
+    assert numbers[2]["reward/mean"] > max(row["reward/mean"] for row in numbers[:2])
+    assert all(torch.equal(value, kept.ends[1][name]) for name, value in kept.ends[3].items())
+    assert kept.rates == [0.1, 0.1, 0.1, 0.05, 0.05]
+    assert not all(torch.equal(value, kept.ends[3][name]) for name, value in kept.ends[4].items())
+    assert ema.num_updates == 4  # of one epoch
+    (event,) = json.loads((tmp_path / "run/reward_hacking.json").read_text())["events"]
+    assert (event["epoch"], event["restored"]) == (3, 2)
+
+
+def test_after_so_many_the_next_one_stops_the_run(greedy, fit, tmp_path):
+    """Nothing can be in this band."""
+    monitor = RewardHackingMonitor({"image/brightness": Band(value=(2.0, 3.0))}, action="restore", max_restores=2)
+    kept = Weights()
+    with pytest.warns(UserWarning, match="goes back to its first weights|the run stops") as told:
+        trainer = fit(
+            greedy(), 9, callbacks=[monitor, kept], enable_checkpointing=True, default_root_dir=tmp_path / "run"
+        )
+    assert trainer.current_epoch == 3
+    assert sum("goes back" in str(one.message) for one in told) == 2
+    assert "the run stops" in str(told[-1].message)
+    assert kept.rates == [0.05, 0.025, 0.025]
+    assert all(torch.equal(value, kept.ends[1][name]) for name, value in kept.ends[0].items())
+
+
+@pytest.mark.parametrize("first", [2, 3, 4])
+def test_a_run_that_resumes_goes_back_to_the_same(greedy, fit, numbers, tmp_path, first):
+    """Before the restore, in the epoch before it, and after."""
+    ends = []
+    for name, runs in (("whole", [(6, None)]), ("parts", [(first, None), (6, "last")])):
+        for epochs, ckpt_path in runs:
+            module, kept, ema = greedy(), Weights(), EMA(decay=0.9)
+            options = {"enable_checkpointing": True, "default_root_dir": tmp_path / name}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fit(module, epochs, ckpt_path, callbacks=[restoring(numbers), kept, ema], **options)
+        ends.append((trainable(module), ema.average, kept.rates[-1]))
+    assert ends[0][2] == ends[1][2] < 0.1
+    for one, other in zip(ends[0][:2], ends[1][:2], strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
