@@ -34,8 +34,8 @@ FLOORS = (
     ("rollout",),
     ("flows", "reward"),
     ("settings", "sampling", "hub", "parallel", "prompts"),
-    ("files", "finite"),
-    ("objective", "schedules", "randomness", "image_statistics", "errors"),
+    ("files", "finite", "schedules"),
+    ("objective", "randomness", "image_statistics", "errors"),
 )
 """From the roof down. A room imports only rooms on floors below its own."""
 GROUND = 3

@@ -233,11 +233,7 @@ class RewardMix:
         return [name for name, term in self.terms.items() if term.gradient]
 
     def image_gradient(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """The gradient of a term's scores at the images, in the reward's own units: [N, 3, H, W].
-
-        Raises:
-            RewardError: the reward failed, or its gradient is not finite.
-        """
+        """The gradient of a term's scores at the images, in the reward's own units: [N, 3, H, W]; or a RewardError."""
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
         return self._scorer.image_gradient(name, images, texts, metadata)
 

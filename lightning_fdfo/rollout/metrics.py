@@ -29,7 +29,8 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
 
         share_t = sum_i sign(total_i) * difference_ti / sum_i |total_i|        total_i = sum_t difference_ti
 
-    Shares sum to 1; a term that is mostly outvoted has a negative one. Left out if no pair differs.
+    Shares sum to 1; a term that is mostly outvoted has a negative one. Left out if no pair differs, and for terms that
+    train by their gradient.
 
     For two terms, over pairs that both have scored:
 
@@ -59,7 +60,7 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
         if not compared.any():
             continue
         metrics |= dict(_of_one(f"reward/{name}", scores.scores[name].values[compared], values[compared]))
-        if rewards.terms[name].weight_at(epoch) and size:
+        if rewards.terms[name].weight_at(epoch) and size and not rewards.terms[name].gradient:
             added = scores.contributions[name][rows]
             metrics[f"reward/{name}/share"] = ((difference.sign() * added).sum().double() / size).item()
         if rewards.terms[name].gate is not None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_fdfo import Objective
+from lightning_fdfo import Objective, Sampling
 from lightning_fdfo.callbacks import EMA
 from lightning_fdfo.reward.term import Gate, RewardTerm
+from lightning_fdfo.schedules import AdaptiveChurn
 from tests.conftest import brightness
+from tests.rollout.test_gradients import Bright
 
 PAGE = (Path(__file__).parents[2] / "docs/dashboards.md").read_text(encoding="utf-8")
 NAMES = re.findall(r"^\| `([^`]+)` \|", PAGE, flags=re.MULTILINE)
@@ -37,9 +39,13 @@ def logged(fit, toy_module, tmp_path, prompts_file):
         rewards={
             "brightness": RewardTerm(brightness),
             "redness": RewardTerm(redness, weight=0.5, scale="std"),
+            "bright": RewardTerm(Bright(), gradient=True),
             "watched": RewardTerm(blueness, weight=0, gate=Gate("brightness", above=0.0)),
         },
-        objective=Objective(normalization="root_mean_square", kl_weight=0.1),
+        objective=Objective(
+            normalization="root_mean_square", kl_weight=0.1, kl_target=0.1, trust_region=0.1, reward_scale="std"
+        ),
+        sampling=Sampling(num_steps=4, height=2, width=2, churn=AdaptiveChurn(target_distance=0.1, churn=0.1)),
         on_reward_error="drop_pair",
         metrics={"blueness": RewardTerm(blueness)},
     )
