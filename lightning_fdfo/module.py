@@ -32,6 +32,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.prompt_check import check_prompts
 from lightning_fdfo.rollout.adaptation import Adaptation
+from lightning_fdfo.rollout.algorithm import Algorithm
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints
@@ -42,13 +43,13 @@ from lightning_fdfo.training.bind import bind, cache_texts, check_binding, check
 from lightning_fdfo.training.epoch_log import EpochLog
 from lightning_fdfo.training.optimizers import build_optimizers, paper_adamw
 from lightning_fdfo.training.seeded_dropout import SeededDropout
-from lightning_fdfo.training.step import batch_loss
+from lightning_fdfo.training.step import batch_loss, fdfo_loss
 from lightning_fdfo.training.summary import report_run
-from lightning_fdfo.training.trained_state import check_restored, dump, identity, trainable
+from lightning_fdfo.training.trained_state import TrainedState, trainable
 from lightning_fdfo.training.trust_region import within_trust_region
 
 
-class FDFOModule(Unsupported, EvaluationSteps):
+class FDFOModule(Unsupported, EvaluationSteps, TrainedState):
     """Finite Difference Flow Optimization of a flow model.
 
     Args:
@@ -64,6 +65,7 @@ class FDFOModule(Unsupported, EvaluationSteps):
         evaluation: what validation and `test` compute beside the rewards.
         seed: >= 0; prompts, latents, noise and the LoRA's start are a function of it. The command line takes it
             from `seed_everything`.
+        algorithm: another way to learn from the rollouts than FDFO's, see `Algorithm`.
 
     Raises:
         ConfigurationError: settings that cannot work; at set-up, before any model is loaded, where that can be known.
@@ -90,6 +92,7 @@ class FDFOModule(Unsupported, EvaluationSteps):
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
         evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
         seed: int = 0,
+        algorithm: Algorithm | None = None,
     ) -> None:
         super().__init__()
         check_arguments(objective, lora, seed)
@@ -104,6 +107,8 @@ class FDFOModule(Unsupported, EvaluationSteps):
         self.failures = failures
         self.evaluation = evaluation
         self.seed = seed
+        self.algorithm = algorithm
+        self._point_loss = partial(fdfo_loss, clip_range=objective.clip_range) if algorithm is None else algorithm.loss
         self.adaptation = Adaptation(sampling, objective)
         self.resume_overrides: frozenset[str] = frozenset()
         """On a resume these count, not the checkpoint's: settings of the optimiser (`lr`; `*`: all), `lr_scheduler`."""
@@ -233,7 +238,9 @@ class FDFOModule(Unsupported, EvaluationSteps):
             self.sampling,
             RunContext(self.trainer),
             seed=self.seed,
+            algorithm=self.algorithm,
             adaptation=self.adaptation,
+            pairs_per_prompt=self.batching.pairs_per_prompt,
             normalization=self.objective.normalization,
             rollout_batch_size=self.batching.rollout_batch_size,
             failures=self.failures,
@@ -250,8 +257,8 @@ class FDFOModule(Unsupported, EvaluationSteps):
         index = batch_idx * self.trainer.world_size + self.trainer.global_rank
         with self.dropout.seeded(self.current_epoch, index, self.device):
             velocity = self.velocity(batch)
-        weight, base_velocity = self.adaptation.kl_weight, partial(self.base_velocity, batch)
-        loss, logged = batch_loss(velocity, batch, self.objective.clip_range, weight, base_velocity)
+        base_velocity = partial(self.base_velocity, batch)
+        loss, logged = batch_loss(velocity, batch, self._point_loss, self.adaptation.kl_weight, base_velocity)
         self.log_means(logged, len(batch.sigma))
         self.batch = batch
         return loss
@@ -279,21 +286,3 @@ class FDFOModule(Unsupported, EvaluationSteps):
     def log_means(self, values: Mapping[str, Any], count: int) -> None:
         """Logs means over an epoch and over devices, see `EpochLog.add`."""
         self.epoch_log.add(self, values, count)
-
-    # Checkpoints: only what trains
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the trainable weights only, see `dump`, and adds the rewards' scales."""
-        dump(checkpoint, self, identity(self.seed, self.lora))
-        checkpoint["reward_scales"] = self.rewards.state_dict()
-        checkpoint["adaptation"] = self.adaptation.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is this module's, see `check_restored`, and takes the rewards' scales."""
-        settings, goes_on = identity(self.seed, self.lora), self.trainer.training
-        if not goes_on:
-            settings.pop("seed")  # evaluating with other latents is fine, resuming with others is not
-        check_restored(checkpoint, self, settings, goes_on=goes_on, path=self.trainer.ckpt_path)
-        self.has_trained = True
-        self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
-        self.adaptation.load_state_dict(checkpoint.get("adaptation", {}))

@@ -58,9 +58,11 @@ class Batching:
         batch_size: points per forward in training, on each device, at most: the largest number up to it that divides an
             update's points on a device is taken. Sets memory only.
         rollout_batch_size: pairs per forward in a rollout, on each device; sets memory only.
+        pairs_per_prompt: pairs of an epoch with the same prompt, each from latents of its own; divides `num_pairs`.
 
     Raises:
-        ConfigurationError: a count below 1. Which counts divide which is checked by `BatchPlan`.
+        ConfigurationError: a count below 1, or `pairs_per_prompt` that does not divide. Which other counts divide which
+            is checked by `BatchPlan`.
     """
 
     num_pairs: int = 432
@@ -68,10 +70,16 @@ class Batching:
     num_points_per_pair: int | None = None
     batch_size: int = 8
     rollout_batch_size: int = 8
+    pairs_per_prompt: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             check_number(f"batching.{name}", 1 if value is None else value, at_least=1)
+        if self.num_pairs % self.pairs_per_prompt:
+            raise ConfigurationError(
+                f"batching.pairs_per_prompt: expected a divisor of num_pairs {self.num_pairs}, got "
+                f"{self.pairs_per_prompt}"
+            )
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def settings_record(module: TrainingModule) -> dict[str, Any]:
         "sampling": asdict(module.sampling),
         "batching": batching,
         "objective": asdict(module.objective),
+        "algorithm": module.algorithm and {"class": class_path(module.algorithm), **vars(module.algorithm)},
         "lora": None if module.lora is None else {"dropout": module.lora.dropout},
         "failures": {"on_reward_error": module.failures.on_reward_error},
     }

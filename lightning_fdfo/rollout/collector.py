@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import cast
 
 import torch
@@ -26,6 +27,7 @@ from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.scores import kept_pairs
 from lightning_fdfo.rollout.adaptation import Adaptation
+from lightning_fdfo.rollout.algorithm import Algorithm, Context, deal_targets
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, StartedRollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
@@ -55,7 +57,9 @@ class RolloutCollector:
         context: of the run: its devices, precision, epoch and callbacks.
         seed: the run's.
         normalization: of the direction.
+        algorithm: how points learn; None is FDFO.
         adaptation: what the run adapts; None adapts the churn alone.
+        pairs_per_prompt: pairs in a row of the same prompt; divides the plan's pairs.
         rollout_batch_size: pairs per forward; sets memory only.
         failures: whether a reward's failure ends the run, and how many pairs may be dropped.
     """
@@ -70,7 +74,9 @@ class RolloutCollector:
         context: RunContext,
         *,
         seed: int,
+        algorithm: Algorithm | None = None,
         adaptation: Adaptation | None = None,
+        pairs_per_prompt: int = 1,
         normalization: Normalization = "mean_square",
         rollout_batch_size: int = 8,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008 - frozen
@@ -82,6 +88,8 @@ class RolloutCollector:
         self.sampling = sampling
         self.context = context
         self.seed = seed
+        self.algorithm = algorithm
+        self.pairs_per_prompt = pairs_per_prompt
         self.adaptation = adaptation or Adaptation(sampling, Objective())
         self.normalization = normalization
         self.rollout_batch_size = rollout_batch_size
@@ -97,24 +105,55 @@ class RolloutCollector:
         return self.plan.batches_per_epoch
 
     def __iter__(self) -> Iterator[TrajectoryPoints]:
-        epoch = self.context.epoch
-        rollout = self.collect(epoch)
-        endpoint_difference = half_differences(rollout.points.ends)
-        reward_difference = self.weigh_scores(rollout, endpoint_difference, epoch)
-        directions = normalize_difference(endpoint_difference, self.normalization)
-        if rollout.gradients:
-            directions, reward_difference = self._add_gradients(rollout, directions, reward_difference, epoch)
-        del endpoint_difference
+        rollout, epoch = self.collect(self.context.epoch), self.context.epoch
+        batches = self._fdfo(rollout, epoch) if self.algorithm is None else self._other(self.algorithm, rollout, epoch)
         self.end = time.perf_counter()
-        kept, sigmas, conditioning = rollout.points, rollout.sigmas, rollout.conditioning
-        batches = deal_points(kept, sigmas, conditioning, directions, reward_difference, self.plan)
         pinned = self.context.device.type == "cuda"
         yield from map(TrajectoryPoints.pin_memory, batches) if pinned else batches
 
+    def _fdfo(self, rollout: Rollout, epoch: int) -> Iterator[TrajectoryPoints]:
+        """The batches of a rollout whose points learn from the differences of pairs."""
+        endpoint_difference = half_differences(rollout.points.ends)
+        reward_difference = self.weigh_scores(rollout, endpoint_difference, epoch)
+        self.context.announce("on_rollout_end", rollout, self.scores)
+        directions = normalize_difference(endpoint_difference, self.normalization)
+        if rollout.gradients:
+            directions, reward_difference = self._add_gradients(rollout, directions, reward_difference, epoch)
+        kept, sigmas, conditioning = rollout.points, rollout.sigmas, rollout.conditioning
+        return deal_points(kept, sigmas, conditioning, directions, reward_difference, self.plan)
+
+    def _other(self, algorithm: Algorithm, rollout: Rollout, epoch: int) -> Iterator[TrajectoryPoints]:
+        """The batches of a rollout whose points learn what an algorithm says."""
+        self.weigh_scores(rollout, half_differences(rollout.points.ends), epoch)
+        scores = cast(EpochScores, self.scores)
+        totals, rows = self.rewards.total(scores.scores, epoch).values, own_rows(rollout.pairs)
+        velocity = partial(self._velocity, rollout.conditioning)
+        context = Context(totals, scores.prompts, rows, velocity, self.seed, epoch)
+        targets = algorithm.targets(rollout, context)
+        self.context.announce("on_rollout_end", rollout, scores)
+        kept = scores.kept_rows[rows][::2] * (self.plan.num_pairs / scores.kept.sum())
+        return deal_targets(targets, kept, rollout.conditioning, self.plan)
+
+    @torch.no_grad()
+    def _velocity(self, conditioning: Conditioning, latents: Tensor, sigma: Tensor, pairs: Tensor) -> Tensor:
+        """The flow's velocity at points of this device's pairs, in batches, on the CPU: an `algorithm.Velocity`."""
+        found, device = [], self.context.device
+        with self.context.precision():
+            for start in range(0, len(latents), self.plan.batch_size):
+                rows = slice(start, start + self.plan.batch_size)
+                own = conditioning[pairs[rows]].to(device)
+                velocity = self.flow.velocity(
+                    latents[rows].to(device), sigma[rows].to(device), own, self.sampling.guidance_scale
+                )
+                found.append(velocity.float().cpu())
+        return torch.cat(found)
+
     def prompts_of(self, epoch: int, pairs: range) -> list[Prompt]:
         """The prompts of some of an epoch's pairs, by their global indices."""
-        rows = prompt_rows(self.seed, epoch * self.plan.num_pairs + pairs.start, len(pairs), len(self.prompts))
-        return [self.prompts[row] for row in rows]
+        each, epoch_draws = self.pairs_per_prompt, self.plan.num_pairs // self.pairs_per_prompt
+        draws = range(pairs.start // each, -(-pairs.stop // each))
+        rows = prompt_rows(self.seed, epoch * epoch_draws + draws.start, len(draws), len(self.prompts))
+        return [self.prompts[rows[pair // each - draws.start]] for pair in pairs]
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """Conditioning of prompts, a row each, on the CPU, in the trainer's precision."""
@@ -182,7 +221,7 @@ class RolloutCollector:
                 )
 
     def weigh_scores(self, rollout: Rollout, endpoint_difference: Tensor, epoch: int) -> Tensor:
-        """Gathers the scores of all devices, checks how many pairs were dropped, weighs the rest, and calls callbacks.
+        """Gathers the scores of all devices, checks how many pairs were dropped, and weighs the rest.
 
         Dropped pairs have a difference of 0, which makes their loss 0. The differences of the others are multiplied by
         num_pairs / kept. This multiplies their loss and gradient by the same factor: the loss contains r and |r|, so it
@@ -210,7 +249,6 @@ class RolloutCollector:
         if self.failures.drops_pairs:
             self.metrics["reward/dropped"] = dropped
         self._adapt(epoch)
-        self.context.announce("on_rollout_end", rollout, self.scores)
         trained = self.adaptation.scale(epoch, self.scores.difference, self.scores.kept_rows)
         difference = trained[own_rows(rollout.pairs)]
         return difference * (num_pairs / kept) if dropped else difference

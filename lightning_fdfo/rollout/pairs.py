@@ -45,6 +45,8 @@ class Rollout(NamedTuple):
     """P texts"""
     sigmas: Tensor
     """[T+1]"""
+    churns: Tensor
+    """[T+1]"""
     points: PairPoints
     """the final latents, and the points that train"""
     conditioning: Conditioning
@@ -65,6 +67,7 @@ class Rollout(NamedTuple):
             [pair for chunk in chunks for pair in chunk.pairs],
             [text for chunk in chunks for text in chunk.prompts],
             chunks[0].sigmas,
+            chunks[0].churns,
             points,
             conditioning,
             {name: Scores.cat([chunk.scores[name] for chunk in chunks]) for name in chunks[0].scores},
@@ -153,6 +156,7 @@ def start_rollout(
         pairs,
         [prompt.text for prompt in prompts],
         sigmas,
+        churns,
         points,
         conditioning.to("cpu"),
         {},

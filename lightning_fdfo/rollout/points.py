@@ -177,6 +177,20 @@ def allocate_points(
     )
 
 
+def dealing_order(num_pairs: int, num_points: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pair and the number of each point, batch by batch: each update takes as many points from every pair.
+
+    Example:
+        >>> [(pair.tolist(), number.tolist()) for pair, number in dealing_order(2, 2, 2)]
+        [([0, 1], [0, 0]), ([0, 1], [1, 1])]
+    """
+    pairs = torch.arange(num_pairs).repeat(num_points)
+    numbers = torch.arange(num_points).repeat_interleave(num_pairs)
+    for start in range(0, len(pairs), batch_size):
+        batch = slice(start, start + batch_size)
+        yield pairs[batch], numbers[batch]
+
+
 def deal_points(
     points: PairPoints,
     sigmas: Tensor,
@@ -185,7 +199,7 @@ def deal_points(
     reward_difference: Tensor,
     plan: BatchPlan,
 ) -> Iterator[TrajectoryPoints]:
-    """The batches of an epoch: each update takes the same number of points from every pair.
+    """The batches of an epoch, see `dealing_order`.
 
     Args:
         points: of this device's pairs.
@@ -195,12 +209,7 @@ def deal_points(
         reward_difference: [2P], half differences of the mixture's total.
         plan: the epoch's arithmetic.
     """
-    num_pairs, num_points, _ = points.chosen.shape
-    pairs = torch.arange(num_pairs).repeat(num_points)
-    numbers = torch.arange(num_points).repeat_interleave(num_pairs)
-    for start in range(0, len(pairs), plan.batch_size):
-        batch = slice(start, start + plan.batch_size)
-        pair, number = pairs[batch], numbers[batch]
+    for pair, number in dealing_order(len(points.chosen), plan.points_per_pair, plan.batch_size):
         branch, step = points.chosen[pair, number].unbind(1)
         row = 2 * pair + branch
         yield TrajectoryPoints(

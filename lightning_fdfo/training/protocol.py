@@ -15,6 +15,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.adaptation import Adaptation
+from lightning_fdfo.rollout.algorithm import Algorithm
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
@@ -39,6 +40,7 @@ class TrainingModule(Protocol):
     resume_overrides: frozenset[str]
     has_trained: bool
     collector: RolloutCollector | None
+    algorithm: Algorithm | None
     adaptation: Adaptation
     batch: TrajectoryPoints | None
     epoch_log: EpochLog

@@ -11,34 +11,40 @@ from torch import Tensor
 from lightning_fdfo.objective import velocity_divergence, velocity_objective
 from lightning_fdfo.rollout.points import TrajectoryPoints
 
+PointLoss = Callable[[Tensor, TrajectoryPoints], tuple[Tensor, dict[str, Tensor]]]
+"""`objective(velocity [B, ...], batch) -> loss [B], numbers to be logged`"""
+
+
+def fdfo_loss(velocity: Tensor, batch: TrajectoryPoints, *, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """FDFO's objective of points, see `velocity_objective`: a `PointLoss`."""
+    loss, ratio = velocity_objective(
+        velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=clip_range
+    )
+    clipped = ((ratio - 1).abs() > clip_range).float().mean()
+    return loss, {"train/ratio": ratio.mean(), "train/clip_fraction": clipped}
+
 
 def batch_loss(
     velocity: Tensor,
     batch: TrajectoryPoints,
-    clip_range: float,
+    objective: PointLoss,
     kl_weight: float,
     base_velocity: Callable[[], Tensor],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The objective, averaged over a batch.
+    """An objective, averaged over a batch, with the penalty for leaving the base model.
 
     Args:
         velocity: [B, ...], of the model that trains, with its gradient.
         batch: B points.
-        clip_range: of `velocity_objective`.
+        objective: of points.
         kl_weight: of mean((v - v_base)^2).
         base_velocity: gives the base model's velocity, [B, ...]; called if `kl_weight` is not 0.
 
     Returns:
         The loss, and what is logged of it by name.
     """
-    loss, ratio = velocity_objective(
-        velocity, batch.old_velocity, batch.direction, batch.reward_difference, clip_range=clip_range
-    )
+    loss, logged = objective(velocity, batch)
     mean_loss = loss.mean()
-    logged = {
-        "train/ratio": ratio.mean(),
-        "train/clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
-    }
     if kl_weight:
         divergence = velocity_divergence(velocity, base_velocity()).mean()
         mean_loss = mean_loss + kl_weight * divergence

@@ -9,14 +9,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_finite_checkpoint, check_finite_weights
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.rollout.adaptation import Adaptation
 
 ENTRY = "fdfo"
 """The key in a checkpoint for what this package adds."""
+
+
+class TrainedState(LightningModule):
+    """A LightningModule whose checkpoints hold what trains, and what the run has adapted; `FDFOModule` is one."""
+
+    rewards: RewardMix
+    adaptation: Adaptation
+    lora: LoRA | None
+    seed: int
+    has_trained: bool
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the trainable weights only, see `dump`, and adds the rewards' scales and what is adapted."""
+        dump(checkpoint, self, identity(self.seed, self.lora))
+        checkpoint["reward_scales"] = self.rewards.state_dict()
+        checkpoint["adaptation"] = self.adaptation.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint is this module's, see `check_restored`, and takes what was added."""
+        settings, goes_on = identity(self.seed, self.lora), self.trainer.training
+        if not goes_on:
+            settings.pop("seed")  # evaluating with other latents is fine, resuming with others is not
+        check_restored(checkpoint, self, settings, goes_on=goes_on, path=self.trainer.ckpt_path)
+        self.has_trained = True
+        self.rewards.load_state_dict(checkpoint.get("reward_scales", {}))
+        self.adaptation.load_state_dict(checkpoint.get("adaptation", {}))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

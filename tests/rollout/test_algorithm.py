@@ -1,0 +1,135 @@
+"""Algorithms by name: the hook, groups of pairs, and FDFO itself written as one."""
+
+import pytest
+import torch
+
+from lightning_fdfo import Objective, Sampling
+from lightning_fdfo.errors import ConfigurationError
+from lightning_fdfo.objective import half_differences, normalize_difference
+from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.algorithm import Algorithm, Targets, group_advantages
+from lightning_fdfo.rollout.collector import RolloutCollector
+from lightning_fdfo.rollout.plan import BatchPlan
+from lightning_fdfo.training.step import fdfo_loss
+from tests.conftest import ToyFlow, brightness, trainable
+from tests.rollout.test_collector import OneOfSome
+
+
+class AsFDFO(Algorithm):
+    """FDFO, by the hook."""
+
+    def __init__(self, again=False):
+        self.again = again
+
+    def targets(self, rollout, context):
+        points = rollout.points
+        branch, step = points.chosen.unbind(-1)
+        row = 2 * torch.arange(len(branch))[:, None] + branch
+        direction = normalize_difference(half_differences(points.ends), "root_mean_square")
+        advantage = half_differences(context.totals)[context.rows]
+        velocities = points.velocities
+        if self.again:
+            which = torch.arange(len(branch)).repeat_interleave(branch.shape[1])
+            found = context.velocity(points.latents.flatten(0, 1), rollout.sigmas[step].flatten(), which)
+            velocities = found.view_as(velocities)
+        return Targets(points.latents, rollout.sigmas[step], velocities, direction[row], advantage[row])
+
+    def loss(self, velocity, batch):
+        return fdfo_loss(velocity, batch, clip_range=0.03)
+
+
+def test_fdfo_as_an_algorithm_is_fdfo(toy_module, fit):
+    ends = []
+    for algorithm in (None, AsFDFO()):
+        module = toy_module(objective=Objective(normalization="root_mean_square"), algorithm=algorithm)
+        fit(module, 3)
+        ends.append(trainable(module))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_the_velocity_that_it_may_ask_for_is_the_rollouts(toy_module, fit):
+    ends = []
+    for again in (False, True):
+        module = toy_module(algorithm=AsFDFO(again))
+        fit(module, 3)
+        ends.append(trainable(module))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:dropped")
+def test_a_dropped_pair_teaches_nothing(toy_module, fit):
+    seen = []
+
+    class Watched(AsFDFO):
+        def loss(self, velocity, batch):
+            seen.append(batch.reward_difference)
+            return super().loss(velocity, batch)
+
+    def partly(images, prompts, metadata):
+        if any(prompt.startswith("the") for prompt in prompts):
+            raise ValueError("no dogs")
+        return images.mean(dim=(1, 2, 3))
+
+    options = {"on_reward_error": "drop_pair", "max_dropped": 0.5, "updates_per_epoch": 1, "batch_size": 128}
+    module = toy_module(rewards={"partly": RewardTerm(partly)}, algorithm=Watched(), **options)
+    fit(module, 1)
+    dropped = ~module.collector.scores.kept
+    assert dropped.any()
+    advantage = seen[0].view(-1, 16)  # a row a point, a column a pair
+    assert not advantage[:, dropped].any()
+    factor = 16 / (16 - int(dropped.sum()))
+    expected = (half_differences(module.collector.scores.scores["partly"].values).float() * factor).view(16, 2)
+    assert ((advantage[:, :, None] - expected).abs().amin(dim=2) < 1e-6).all()
+
+
+def test_other_shapes_than_the_plans_are_named(toy_module, fit):
+    class Short(AsFDFO):
+        def targets(self, rollout, context):
+            return Targets(*(each[:, :3] for each in super().targets(rollout, context)))
+
+    with pytest.raises(ValueError, match=r"expected 8 points of each of 16 pairs, got sigma \[16, 3\]"):
+        fit(toy_module(algorithm=Short()), 1)
+
+
+# Groups
+
+
+def test_advantages_are_of_a_prompts_own_images():
+    totals, prompts = torch.randn(12, dtype=torch.float64), ["a", "b", "a", "b", "b", "c"]
+    found = group_advantages(totals, prompts)
+    for text in "abc":
+        own = torch.tensor([prompt == text for prompt in prompts]).repeat_interleave(2)
+        values = totals[own]
+        expected = (values - values.mean()) / (values.std(correction=0) + 1e-4)
+        torch.testing.assert_close(found[own], expected.float())
+    assert not group_advantages(torch.full((4,), 0.3), ["a", "a"]).any()
+
+
+def collector(pairs_per_prompt, rank=0, devices=1):
+    prompts = [Prompt(text, "", {}, text) for text in ("a", "b", "c", "d", "e")]
+    plan = BatchPlan(num_pairs=12, updates_per_epoch=1, points_per_pair=2, batch_size=4, world_size=devices)
+    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    sampling = Sampling(num_steps=2, height=2, width=2)
+    return RolloutCollector(
+        ToyFlow(), rewards, prompts, plan, sampling, OneOfSome(rank), seed=0, pairs_per_prompt=pairs_per_prompt
+    )
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_pairs_of_a_prompt_stand_side_by_side_on_any_number_of_devices(each):
+    found = collector(each)
+    dealt = [[prompt.text for prompt in found.prompts_of(epoch, range(12))] for epoch in range(5)]
+    for row in dealt:
+        assert all(len(set(row[start : start + each])) == 1 for start in range(0, 12, each))
+    draws = [row[start] for row in dealt for start in range(0, 12, each)]
+    assert sorted(draws[:5]) == ["a", "b", "c", "d", "e"]  # each prompt as often as every other
+    for pairs in (range(0, 4), range(3, 7), range(6, 12), range(11, 12)):
+        assert [prompt.text for prompt in found.prompts_of(2, pairs)] == dealt[2][pairs.start : pairs.stop]
+
+
+def test_pairs_that_do_not_divide_are_refused(toy_module):
+    with pytest.raises(ConfigurationError, match="pairs_per_prompt: expected a divisor of num_pairs 16, got 3"):
+        toy_module(pairs_per_prompt=3)
