@@ -163,14 +163,16 @@ class Prior(ChurnSchedule):
 class AdaptiveChurn(ChurnSchedule):
     """Another churn times a factor, which is moved after each epoch so that pairs stay as far apart as they should.
 
-        factor_next = factor * clip((target_distance / distance)^2, 1/2, 2)        distance = rollout/pair_distance
+        factor_next = min(factor * clip((target_distance / distance)^2, 1/2, 2), max_factor)
 
-    A distance grows with the square root of a small churn. The factor is 1 in epoch 0, logged as
-    `rollout/churn_factor`, and part of each checkpoint.
+    The distance is `rollout/pair_distance`; it grows with the square root of a small churn. The factor is 1 in epoch 0,
+    logged as `rollout/churn_factor`, and part of each checkpoint. A flow that makes all images of a prompt alike cannot
+    be brought to any distance: `max_factor` is where that ends.
 
     Args:
         target_distance: > 0, root mean square of the half difference of a pair's final latents.
         churn: what is multiplied: a number, or another schedule.
+        max_factor: >= 1.
 
     Raises:
         ConfigurationError: a number out of its range, or an adaptive churn in another.
@@ -183,14 +185,16 @@ class AdaptiveChurn(ChurnSchedule):
 
     target_distance: float
     churn: float | ChurnSchedule = 0.0025
+    max_factor: float = 8.0
 
     def __post_init__(self) -> None:
         inner = 0.0 if isinstance(self.churn, ChurnSchedule) else self.churn
         nested = isinstance(self.churn, AdaptiveChurn)
-        if nested or not (0 < self.target_distance < math.inf and 0 <= inner < math.inf):
+        finite = 0 < self.target_distance < math.inf and 0 <= inner < math.inf and 1 <= self.max_factor < math.inf
+        if nested or not finite:
             raise ConfigurationError(
-                "sampling.churn: expected an AdaptiveChurn with target_distance > 0 and a churn >= 0 that is not "
-                f"adaptive itself, got {self}"
+                "sampling.churn: expected an AdaptiveChurn with target_distance > 0, max_factor >= 1 and a churn >= 0 "
+                f"that is not adaptive itself, got {self}"
             )
 
     def __call__(self, sigmas: Tensor) -> Tensor:
@@ -200,7 +204,7 @@ class AdaptiveChurn(ChurnSchedule):
     def next_factor(self, factor: float, distance: float) -> float:
         """The factor after an epoch whose pairs were so far apart."""
         wanted = (self.target_distance / distance) ** 2 if distance else math.inf
-        return factor * min(max(wanted, 0.5), 2.0)
+        return min(factor * min(max(wanted, 0.5), 2.0), self.max_factor)
 
 
 def churns_on(sigmas: Tensor, churn: float | ChurnSchedule, *, initial_churn: float | None = None) -> Tensor:

@@ -77,6 +77,13 @@ def test_a_factor_leads_to_the_distance_where_that_grows_as_a_root():
     assert (factor * 0.9) ** 0.5 == pytest.approx(0.1)
 
 
+def test_the_factor_ends_at_its_bound_where_no_churn_leads_to_the_distance():
+    churn, factor = AdaptiveChurn(0.2, 0.5, max_factor=5.0), 1.0
+    for _ in range(10):
+        factor = churn.next_factor(factor, distance=0.1)
+    assert factor == 5.0
+
+
 class Negative(ChurnSchedule):
     """A schedule that goes below 0."""
 
@@ -109,6 +116,7 @@ def test_a_schedule_of_ones_own_must_give_a_churn_for_each_level(churn):
         lambda: Prior(1.0, mean=float("inf")),
         lambda: AdaptiveChurn(0.0),
         lambda: AdaptiveChurn(0.1, -1.0),
+        lambda: AdaptiveChurn(0.1, max_factor=0.5),
         lambda: AdaptiveChurn(0.1, AdaptiveChurn(0.1)),
     ],
 )
