@@ -95,9 +95,9 @@ class FDFOModule(Unsupported, EvaluationSteps, TrainedState):
         algorithm: Algorithm | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(objective, lora, seed)
         self.flow = flow
         self.rewards = RewardMix(rewards)
+        check_arguments(objective, lora, seed, algorithm, self.rewards.terms)
         self.sampling = sampling
         self.batching = batching
         self.objective = objective

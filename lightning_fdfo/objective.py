@@ -113,12 +113,13 @@ def add_gradient(
 
         pull               = reward_difference * direction + scale * gradient
         direction_         = pull / reward_difference_
-        reward_difference_ = rms(pull) / rms(direction)
+        reward_difference_ = sign(reward_difference) * rms(pull) / rms(direction)        sign(0) = 1
 
     The secant's pull, reward_difference * direction, is what the gradient itself is on average, where pairs differ in
     all directions alike: E[d d^T / mean(d^2)] = identity for half differences d. So with `mean_square` the scale is 1;
     with `root_mean_square` a pull is rms(d) times as long, and so is the gradient's. Written as a difference and a
-    direction of the same size as before, it means the same to `velocity_objective`.
+    direction of the same size and sign as before, it means the same to `velocity_objective`; without a gradient, all
+    stays as it was.
 
     Args:
         direction: [2P, ...], of `normalize_difference`.
@@ -127,7 +128,7 @@ def add_gradient(
         distance: [2P], rms(d), with `root_mean_square`; None with `mean_square`.
 
     Returns:
-        direction_ [2P, ...], reward_difference_ [2P] >= 0, float32. Where the images of a pair are equal, direction_
+        direction_ [2P, ...], reward_difference_ [2P], float32. Where the images of a pair are equal, direction_
         has the size 1.
 
     Example:
@@ -139,8 +140,9 @@ def add_gradient(
     scale = 1.0 if distance is None else distance.float().reshape(per_row)
     pull = reward_difference.float().reshape(per_row) * direction.float() + scale * gradient.float()
     length, size = _mean(pull**2).sqrt(), _mean(direction.float() ** 2).sqrt()
-    difference = length / size.where(size > 0, 1.0)
-    return pull / difference.where(difference > 0, 1.0).reshape(per_row), difference
+    sign = (reward_difference >= 0).float() * 2 - 1
+    difference = sign * length / size.where(size > 0, 1.0)
+    return pull / difference.where(difference != 0, 1.0).reshape(per_row), difference
 
 
 def velocity_objective(

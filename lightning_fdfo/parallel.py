@@ -78,14 +78,14 @@ def parallelize(transformer: Module, blocks: Sequence[Module], mesh: DeviceMesh)
     fully_shard(transformer, mesh=devices)
 
 
-def reshard(transformer: Module) -> None:
+def reshard(module: Module) -> None:
     """Lets go of weights that a forward has gathered: FSDP2 keeps the root's until the next one.
 
     Until then `parameters()` gives them whole, and what is written there is lost.
     """
-    for module in transformer.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -229,7 +229,7 @@ def churns_on(sigmas: Tensor, churn: float | ChurnSchedule, *, initial_churn: fl
     """
     if not isinstance(churn, ChurnSchedule):
         return churn_schedule(churn, len(sigmas) - 1, initial_churn=initial_churn)
-    churns = churn(sigmas).float()
+    churns = churn(sigmas.clone()).float()
     if churns.shape != sigmas.shape or not bool(((churns >= 0) & churns.isfinite()).all()):
         raise ConfigurationError(
             f"sampling.churn: expected {type(churn).__name__} to give a finite number >= 0 for each of {len(sigmas)} "

@@ -169,9 +169,10 @@ class Objective:
         kl_weight: >= 0; weight of mean((v - v_base)^2), with v_base from the model without its LoRA.
         kl_target: > 0; a `train/drift` that the run is to keep near. The weight then starts as `kl_weight`, is doubled
             before the updates of an epoch whose drift is above 1.5 times the target, and halved where it is below the
-            target / 1.5. None keeps the weight.
+            target / 1.5, between an eighth and 64 times of what it was. None keeps the weight.
         reward_scale: what a pair's half difference of the total is divided by before it trains: `none` (1), or `std`,
             the running standard deviation over all pairs so far. With `std` a clip means the same for every mixture.
+            Gradients of terms with `gradient: true` are divided by the same; where no other term has a weight, by 1.
         reward_clip: > 0; bounds the half difference of the total, after `reward_scale`: a pair that differs by far
             more than others then weighs no more than so much. None does not.
         trust_region: > 0; after an update the velocity may differ from the rollout's by so much of its size,

@@ -84,6 +84,19 @@ def test_the_factor_ends_at_its_bound_where_no_churn_leads_to_the_distance():
     assert factor == 5.0
 
 
+class Whole(ChurnSchedule):
+    """A schedule that gives back what it got."""
+
+    def __call__(self, sigmas):
+        return sigmas
+
+
+def test_a_schedule_does_not_share_the_grid():
+    sigmas = uniform_sigmas(4)
+    churns_on(sigmas, Whole(), initial_churn=0.1)
+    assert torch.equal(sigmas, uniform_sigmas(4))
+
+
 class Negative(ChurnSchedule):
     """A schedule that goes below 0."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import velocity_objective
 from lightning_fdfo.randomness import Stream, generator, stack_normal
 from lightning_fdfo.rollout.algorithm import Algorithm, Context, Targets, group_advantages
@@ -55,7 +56,7 @@ class AWM(Algorithm):
 
     def targets(self, rollout: Rollout, context: Context) -> Targets:
         """The re-noised images, and where the rollout's velocity misses their line."""
-        found = renoised(rollout, context, group_advantages(context.totals, context.prompts))
+        found = renoised(rollout, context, group_advantages(context))
         return found._replace(direction=found.velocity - found.direction)
 
     def loss(self, velocity: Tensor, batch: TrajectoryPoints) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,7 +89,7 @@ class NFT(Algorithm):
 
     def targets(self, rollout: Rollout, context: Context) -> Targets:
         """The re-noised images."""
-        return renoised(rollout, context, group_advantages(context.totals, context.prompts))
+        return renoised(rollout, context, group_advantages(context))
 
     def loss(self, velocity: Tensor, batch: TrajectoryPoints) -> tuple[Tensor, dict[str, Tensor]]:
         """As above."""
@@ -124,6 +125,8 @@ class FlowGRPO(Algorithm):
 
     def targets(self, rollout: Rollout, context: Context) -> Targets:
         """The trajectories' own points; `direction` is d log_ratio / d v, for one number of a latent."""
+        if context.sampling.antithetic:
+            raise ConfigurationError("FlowGRPO: expected sampling.antithetic: false, for its noise is drawn again")
         points, sigmas = rollout.points, rollout.sigmas
         branch, step = points.chosen.unbind(-1)
         noise = self._noise(rollout, context, len(sigmas) - 1)[torch.arange(len(step))[:, None], step, branch]
@@ -133,7 +136,7 @@ class FlowGRPO(Algorithm):
         per_step = torch.where(std > 0, slope / std.clamp(min=1e-12), 0.0)  # of the last step: 0
         direction = per_step.reshape(*step.shape, *[1] * (noise.ndim - 2)) * noise
         row = 2 * torch.arange(len(step))[:, None] + branch
-        advantage = group_advantages(context.totals, context.prompts)[context.rows][row]
+        advantage = group_advantages(context)[context.rows][row]
         self._slopes = {float(s): float(p) for s, p in zip(sigmas[step].flatten(), per_step.flatten(), strict=True)}
         return Targets(points.latents, sigmas[step], points.velocities.float(), direction, advantage)
 

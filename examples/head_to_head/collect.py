@@ -34,6 +34,7 @@ def curve(rows: list[dict[str, float]], batching: dict[str, int], num_steps: int
     for number, row in enumerate(rows):
         yield {"epoch": number, "images": number * images, "seconds": seconds, "reward": row["reward/mean"]}
         seconds += images / row["rollout/images_per_second"] + points / row["train/points_per_second"]
+        seconds += row.get("rollout/targets_seconds", 0.0)
 
 
 def diversity(folder: Path) -> float:
@@ -54,8 +55,8 @@ def diversity(folder: Path) -> float:
 def collect(folder: Path) -> tuple[list[Row], list[Row]]:
     """Rows of all complete runs below a folder, and of their epochs."""
     runs, curves = [], []
-    for images in sorted(folder.glob("*/predict")):
-        run, rows = images.parent, epochs(images.parent)
+    for run in sorted(mark.parent for mark in folder.glob("*/complete")):
+        rows = epochs(run)
         model = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
         method, _, seed = run.name.rpartition("-")
         name: Row = {"method": method.partition("@")[0], "seed": seed}
@@ -70,7 +71,7 @@ def collect(folder: Path) -> tuple[list[Row], list[Row]]:
                 "best exact match": max(row["val/exact_match"] for row in validated),
                 "reward": validated[-1]["val/reward"],
                 "drift": [row["train/drift"] for row in rows if "train/drift" in row][-1],
-                "diversity": diversity(images),
+                "diversity": diversity(run / "predict"),
             }
         )
         curves += found

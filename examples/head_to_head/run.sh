@@ -10,9 +10,10 @@ SEEDS=${SEEDS:-0 1 2 3 4}
 JOBS=${JOBS:-1}
 
 train() {
+    set -e
     IFS=@ read -r method rate <<<"$1"
     local folder=$OUT/$1-$2 again=() lr=()
-    if [ -d "$folder/predict" ]; then return; fi
+    if [ -e "$folder/complete" ]; then return; fi
     if [ -e "$folder/config.yaml" ]; then again=(--ckpt_path last); fi
     if [ -n "$rate" ]; then lr=(--model.optimizer.init_args.lr "$rate"); fi
     mkdir -p "$folder"
@@ -24,6 +25,7 @@ train() {
         lightning-fdfo fit "${files[@]}" ${lr[@]+"${lr[@]}"} ${again[@]+"${again[@]}"} "${@:3}" >>"$folder/log.txt" 2>&1
     fi
     lightning-fdfo predict "${files[@]}" --ckpt_path "$folder/lora" "${@:3}" >>"$folder/log.txt" 2>&1
+    touch "$folder/complete"
     echo "$folder"
 }
 export -f train

@@ -26,7 +26,7 @@ class PairLog(Callback):
     | `pair` | global index in the epoch, from 0 |
     | `prompt` | its text |
     | `dropped` | 1 if a reward failed on it, and it did not train; else 0 |
-    | `difference` | half difference of the total, first branch's; what trained |
+    | `difference` | half difference of the total, first branch's; before `reward_scale`, `reward_clip` |
     | `NAME/first`, `NAME/second` | a reward's score of each branch, in its own units |
     | `NAME/part` | what it added to `difference`: scaled, clipped, weighed, routed, gated |
     | `NAME/share` | part / difference; 0 for one that added nothing; empty if the difference is 0 |

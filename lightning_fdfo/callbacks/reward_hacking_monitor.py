@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +19,9 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.files import write_text
 from lightning_fdfo.image_statistics import STATISTICS
 from lightning_fdfo.settings import check_number
-from lightning_fdfo.training.best_weights import BestWeights
+from lightning_fdfo.training.best_weights import BestWeights, ScaledRate, Weights
+from lightning_fdfo.training.protocol import TrainingModule
+from lightning_fdfo.training.trained_state import trainable
 
 Range = tuple[float | None, float | None]
 
@@ -93,8 +96,9 @@ class RewardHackingMonitor(Callback):
 
     Args:
         bands: name of a logged number -> its band.
-        action: `warn`; `stop`, at the end of the epoch; or `restore`: the run goes back, by itself, to the weights of
-            the epoch with the highest `reward/mean` whose numbers were in their bands, and trains on from there with
+        action: `warn`; `stop`, at the end of the epoch; or `restore`: the run goes back, by itself, to the weights that
+            generated the epoch with the highest `reward/mean` among those whose numbers were in their bands (the last
+            one of them, where a schedule or `scale: std` changes what a reward counts), and trains on from there with
             half the learning rate, new moments of the optimiser and a new `EMA`. The epochs go on counting. It takes
             the memory of twice what trains, and the room in a checkpoint.
         max_restores: with `restore`: after so many, the next one stops the run.
@@ -115,6 +119,7 @@ class RewardHackingMonitor(Callback):
         self.max_restores = max_restores
         self.num_restored = 0
         self.best = BestWeights()
+        self._rates: list[ScaledRate] = []
         self.start: dict[str, float] = {}
         self.events: list[dict[str, Any]] = []
         self.good = -1
@@ -151,7 +156,13 @@ class RewardHackingMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the weights that training begins with, to go back to."""
         if self.action == "restore":
-            self.best.begin(pl_module)
+            self.best.begin(pl_module, _generating(trainer, pl_module))
+            self._rates = [ScaledRate(optimizer) for optimizer in trainer.optimizers]
+            self._scale_rates()
+
+    def _scale_rates(self) -> None:
+        for rate in self._rates:
+            rate.factor = 0.5**self.num_restored
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares the epoch's numbers with their bands; the drift in the epochs that measure it."""
@@ -176,7 +187,8 @@ class RewardHackingMonitor(Callback):
             self.events.append(event | {"last_good_checkpoint": self.good - 1})
         restores = self.action == "restore" and self.num_restored < self.max_restores
         if self.action == "restore":
-            self.best.end_epoch(pl_module, trainer.current_epoch, None if left else metrics["reward/mean"])
+            score = metrics["reward/mean"] if _comparable(pl_module) else float(trainer.current_epoch)
+            self.best.end_epoch(_generating(trainer, pl_module), trainer.current_epoch, None if left else score)
         if left:
             rank_zero_warn(self._report(trainer, left, metrics, restores))
             trainer.should_stop = trainer.should_stop or not (restores or self.action == "warn")
@@ -188,7 +200,10 @@ class RewardHackingMonitor(Callback):
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.num_restored += 1
-        self.best.restore(trainer, pl_module, factor=0.5)
+        self.best.restore(pl_module)
+        self._scale_rates()
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
         self.events[-1]["restored"] = self.best.epoch
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMA):
@@ -227,3 +242,17 @@ class RewardHackingMonitor(Callback):
             again = f"the same run with --trainer.max_epochs {epoch + 1} ends there"
             return f"go back to epoch {epoch}: {again}" + (f", and {found[max(found)]} was kept" if found else "")
         return f"go back to epoch {epoch}: {found[epoch]}"
+
+
+def _generating(trainer: Trainer, pl_module: LightningModule) -> Weights:
+    """The weights that generate rollouts: an average's where that does, else those that train."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA) and callback.rollouts and callback.average:
+            return {name: callback.average[name].to(weight.dtype) for name, weight in trainable(pl_module).items()}
+    return trainable(pl_module)
+
+
+def _comparable(pl_module: LightningModule) -> bool:
+    """Whether a total means the same in every epoch."""
+    terms = cast(TrainingModule, pl_module).rewards.terms.values()
+    return not any(isinstance(term.weight, Mapping) or term.scale == "std" for term in terms)

@@ -18,6 +18,7 @@ from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.base import Reward
 from lightning_fdfo.reward.origin import made_with, source_of
 from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.schedules import ChurnSchedule
 from lightning_fdfo.training.plain_settings import class_path, differences, plain
 from lightning_fdfo.training.protocol import TrainingModule
 
@@ -48,10 +49,10 @@ def settings_record(module: TrainingModule) -> dict[str, Any]:
         | ({"pretrained": pretrained.name if pretrained.is_absolute() else str(pretrained)} if pretrained.name else {})
         | flow,
         "rewards": {name: _term_record(term) for name, term in module.rewards.terms.items()},
-        "sampling": asdict(module.sampling),
+        "sampling": asdict(module.sampling) | {"churn": _made_of(module.sampling.churn)},
         "batching": batching,
         "objective": asdict(module.objective),
-        "algorithm": module.algorithm and {"class": class_path(module.algorithm), **vars(module.algorithm)},
+        "algorithm": _made_of(module.algorithm),
         "lora": None if module.lora is None else {"dropout": module.lora.dropout},
         "failures": {"on_reward_error": module.failures.on_reward_error},
     }
@@ -64,8 +65,16 @@ def settings_record(module: TrainingModule) -> dict[str, Any]:
     return result
 
 
+def _made_of(value: Any) -> Any:
+    """A schedule or an algorithm by its class and public attributes; a number, or None, as it is."""
+    if value is None or isinstance(value, int | float):
+        return value
+    options = {name: _made_of(each) if isinstance(each, ChurnSchedule) else each for name, each in vars(value).items()}
+    return {"class": class_path(value), **{name: each for name, each in options.items() if not name.startswith("_")}}
+
+
 def _term_record(term: RewardTerm) -> dict[str, Any]:
-    fields = {name: getattr(term, name) for name in ("weight", "scale", "clip")}
+    fields = {name: getattr(term, name) for name in ("weight", "scale", "clip", "gradient")}
     reward = term.reward
     options: Mapping[str, Any]
     if isinstance(reward, functools.partial):

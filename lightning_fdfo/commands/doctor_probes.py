@@ -154,7 +154,7 @@ def _points(module: FDFOModule, rollout: Rollout) -> TrajectoryPoints:
         plan,
     )
     rows = torch.arange(module.plan.batch_size) % (2 * num_steps)
-    chosen: list[Any] = [values[rows].to(module.device) for values in batch]
+    chosen: list[Any] = [values[rows].to(module.device) for values in batch if values is not None]
     return TrajectoryPoints(*chosen)
 
 

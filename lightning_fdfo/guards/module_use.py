@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from lightning_fdfo.checkpoints.checkpoint_io import SafeCheckpointIO
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.rollout.algorithm import Algorithm
 from lightning_fdfo.settings import Objective, check_number
 
 NO_SETTINGS = (
@@ -25,8 +28,27 @@ COMPILED = (
 )
 
 
-def check_arguments(objective: Objective, lora: LoRA | None, seed: int) -> None:
+def check_arguments(
+    objective: Objective, lora: LoRA | None, seed: int, algorithm: Algorithm | None, terms: Mapping[str, RewardTerm]
+) -> None:
     """Raises ConfigurationError for arguments that do not go together, and for a seed that is none."""
+    if algorithm is not None:
+        idle = [
+            f"objective.{name}"
+            for name in ("reward_scale", "reward_clip")
+            if getattr(objective, name) not in (None, "none")
+        ]
+        idle += [
+            f"rewards.{term}.{key}"
+            for term, one in terms.items()
+            for key in ("clip", "gate", "gradient")
+            if getattr(one, key)
+        ]
+        if idle:
+            raise ConfigurationError(
+                f"model.algorithm: {', '.join(idle)} would have no effect with {type(algorithm).__name__}: FDFO alone "
+                "trains by the differences of pairs; leave them out"
+            )
     if objective.kl_weight and lora is None:
         raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or 0")
     check_number("seed", seed, at_least=0)

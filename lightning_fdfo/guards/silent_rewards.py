@@ -32,7 +32,7 @@ def nothing_learned(scores: EpochScores, rewards: RewardMix, epoch: int) -> Iter
         A key, so that each thing is reported once (a reward's name; empty for the mixture), and a sentence.
     """
     weighted = [name for name, term in rewards.terms.items() if term.weight_at(epoch)]
-    if not scores.difference.any() and not any(rewards.terms[name].gradient for name in weighted):
+    if not scores.difference.any() and not rewards.gradient_terms(epoch):
         equal = not scores.distance[scores.kept_rows].any()
         why = "the two images of each pair are equal: raise sampling.churn" if equal else None
         why = why or ("no reward has a weight" if not weighted else "no reward tells the images of a pair apart")

@@ -227,10 +227,9 @@ class RewardMix:
             added[name] = torch.where(self.passes(name, scores), weighted, 0.0)
         return added
 
-    @property
-    def gradient_terms(self) -> list[str]:
-        """Names of the terms that train by their gradient."""
-        return [name for name, term in self.terms.items() if term.gradient]
+    def gradient_terms(self, epoch: int = 0) -> list[str]:
+        """Names of the terms that train by their gradient in an epoch."""
+        return [name for name, term in self.terms.items() if term.gradient and term.weight_at(epoch)]
 
     def image_gradient(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The gradient of a term's scores at the images, in the reward's own units: [N, 3, H, W]; or a RewardError."""

@@ -14,6 +14,9 @@ from lightning_fdfo.reward.running_std import RunningStd
 from lightning_fdfo.schedules import AdaptiveChurn
 from lightning_fdfo.settings import Objective, Sampling
 
+KL_FACTORS = (1 / 8, 64.0)
+"""Between which a `kl_target` may move the KL term's weight."""
+
 
 class SteeredNumber:
     """A number that each epoch may move.
@@ -69,11 +72,11 @@ class Adaptation:
         self._sampling = sampling
         self._objective = objective
         self._factor = SteeredNumber(1.0)
-        self._kl = SteeredNumber(objective.kl_weight)
+        self._kl = SteeredNumber(1.0)
         self._std = RunningStd()
         adapted: dict[str, tuple[bool, SteeredNumber | RunningStd]] = {
             "churn_factor": (isinstance(sampling.churn, AdaptiveChurn), self._factor),
-            "kl_weight": (objective.kl_target is not None, self._kl),
+            "kl_factor": (objective.kl_target is not None, self._kl),
             "reward_std": (objective.reward_scale == "std", self._std),
         }
         self._parts = {name: part for name, (is_adapted, part) in adapted.items() if is_adapted}
@@ -119,14 +122,17 @@ class Adaptation:
     @property
     def kl_weight(self) -> float:
         """Of the current epoch's updates."""
-        return self._kl.value
+        return self._objective.kl_weight * self._kl.value
 
     def steer_kl(self, epoch: int, drift: float) -> None:
         """Moves the weight at the start of an epoch's training, where a `kl_target` is set.
 
-            kl_weight = 2 * kl_weight      if drift > 1.5 * kl_target
-                        kl_weight / 2      if drift < kl_target / 1.5
-                        kl_weight          otherwise
+            factor = 2 * factor      if drift > 1.5 * kl_target
+                     factor / 2      if drift < kl_target / 1.5
+                     factor          otherwise
+
+        The weight is the setting's times the factor, which stays between 1/8 and 64: a drift begins at 0, and the
+        weight is to be there when it comes.
 
         Args:
             epoch: the current one.
@@ -134,10 +140,10 @@ class Adaptation:
 
         Source: Schulman et al. 2017 (arXiv 1707.06347), section 4.
         """
-        target, weight = self._objective.kl_target, self._kl.before(epoch)
+        target, factor = self._objective.kl_target, self._kl.before(epoch)
         if target is not None:
-            factor = 2.0 if drift > 1.5 * target else 0.5 if drift < target / 1.5 else 1.0
-            self._kl.steer(epoch, weight * factor)
+            step = 2.0 if drift > 1.5 * target else 0.5 if drift < target / 1.5 else 1.0
+            self._kl.steer(epoch, min(max(factor * step, KL_FACTORS[0]), KL_FACTORS[1]))
 
     # Checkpoints
 

@@ -20,6 +20,7 @@ from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.rollout.pairs import Rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import TrajectoryPoints, dealing_order
+from lightning_fdfo.settings import Sampling
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`velocity(latents [N, ...], sigma [N], pairs [N]) -> [N, ...]`, of the rollout's weights, for this device's pairs"""
@@ -47,7 +48,7 @@ def deal_targets(
 
     Args:
         targets: of this device's pairs.
-        kept: [P], what the advantages of a pair are multiplied by; 0 for one that was dropped.
+        kept: [P], what the losses of a pair are multiplied by; 0 for one that was dropped.
         conditioning: P rows.
         plan: the epoch's arithmetic.
 
@@ -59,10 +60,9 @@ def deal_targets(
             f"Algorithm.targets: expected {plan.points_per_pair} points of each of {plan.pairs_per_device} pairs, got "
             f"sigma {list(targets.sigma.shape)}"
         )
-    advantage = targets.advantage * kept[:, None]
     for pair, number in dealing_order(plan.pairs_per_device, plan.points_per_pair, plan.batch_size):
-        latents, sigma, velocity, direction = (each[pair, number] for each in targets[:4])
-        yield TrajectoryPoints(latents, sigma, velocity, direction, advantage[pair, number], conditioning[pair])
+        latents, sigma, velocity, direction, advantage = (each[pair, number] for each in targets)
+        yield TrajectoryPoints(latents, sigma, velocity, direction, advantage, conditioning[pair], kept[pair])
 
 
 class Context(NamedTuple):
@@ -70,11 +70,14 @@ class Context(NamedTuple):
 
     totals: Tensor
     """[2Q] of the Q pairs of all devices: the mixture's totals"""
+    kept: Tensor
+    """[2Q], bool: images of pairs that train; the totals of others, which a reward failed on, say nothing"""
     prompts: list[str]
     """Q texts"""
     rows: Tensor
     """[2P]: which of the totals are this device's"""
     velocity: Velocity
+    sampling: Sampling
     seed: int
     epoch: int
 
@@ -83,8 +86,9 @@ class Algorithm(ABC):
     """How a run learns from its rollouts, where `model.algorithm` names one; without one it is FDFO.
 
     A pair's two images can be made independent, `sampling: {churn: 0, initial_churn: 1e9}`, and a prompt can have
-    several pairs, `batching.pairs_per_prompt`: with k of them a group of 2k images. `objective.kl_weight` and
-    `trust_region` work as ever; `normalization`, `reward_scale` and `reward_clip` are FDFO's alone.
+    several pairs, `batching.pairs_per_prompt`: with k of them a group of 2k images. `objective.kl_weight`, `kl_target`
+    and `trust_region` work as ever. The rest of `objective`, and `clip`, `gate` and `gradient` of a reward's term, are
+    FDFO's: `normalization` and `clip_range` have no effect, the others are refused.
     """
 
     @abstractmethod
@@ -110,27 +114,26 @@ class Algorithm(ABC):
         """
 
 
-def group_advantages(totals: Tensor, prompts: list[str], *, eps: float = 1e-4) -> Tensor:
+def group_advantages(context: Context, *, eps: float = 1e-4) -> Tensor:
     """How much better an image is than others of its prompt: (total - mean) / (std + eps), over the prompt's images.
 
+    The pairs of a text are a group. Images of pairs that were dropped are in none of the sums, and get 0.
+
     Args:
-        totals: [2Q].
-        prompts: Q texts; the pairs of a text are a group.
+        context: of the run: its totals, prompts and kept pairs.
         eps: > 0; a group of equal totals gets 0.
 
     Returns:
         [2Q], float32.
 
-    Example:
-        >>> group_advantages(torch.tensor([1.0, 3.0, 5.0, 5.0]), ["a cat", "the dog"], eps=1e-9)
-        tensor([-1.,  1.,  0.,  0.])
-
     Source: Shao et al. 2024 (arXiv 2402.03300), eq. 3 of section 4.1.
     """
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(prompts))}
-    group = torch.tensor([numbers[text] for text in prompts]).repeat_interleave(2)
-    count = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, group, torch.ones_like(group).double())
-    mean = torch.zeros_like(count).index_add(0, group, totals.double()) / count
-    centred = totals.double() - mean[group]
-    std = (torch.zeros_like(count).index_add(0, group, centred**2) / count).sqrt()
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(context.prompts))}
+    group = torch.tensor([numbers[text] for text in context.prompts]).repeat_interleave(2)
+    kept, totals = context.kept.double(), context.totals.double()
+    nothing = torch.zeros(len(numbers), dtype=torch.float64)
+    count = nothing.index_add(0, group, kept).clamp(min=1)
+    mean = nothing.index_add(0, group, kept * totals) / count
+    centred = kept * (totals - mean[group])
+    std = (nothing.index_add(0, group, centred**2) / count).sqrt()
     return (centred / (std[group] + eps)).float()

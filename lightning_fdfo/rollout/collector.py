@@ -128,8 +128,10 @@ class RolloutCollector:
         scores = cast(EpochScores, self.scores)
         totals, rows = self.rewards.total(scores.scores, epoch).values, own_rows(rollout.pairs)
         velocity = partial(self._velocity, rollout.conditioning)
-        context = Context(totals, scores.prompts, rows, velocity, self.seed, epoch)
+        context = Context(totals, scores.kept_rows, scores.prompts, rows, velocity, self.sampling, self.seed, epoch)
+        begun = time.perf_counter()
         targets = algorithm.targets(rollout, context)
+        self.metrics["rollout/targets_seconds"] = time.perf_counter() - begun
         self.context.announce("on_rollout_end", rollout, scores)
         kept = scores.kept_rows[rows][::2] * (self.plan.num_pairs / scores.kept.sum())
         return deal_targets(targets, kept, rollout.conditioning, self.plan)

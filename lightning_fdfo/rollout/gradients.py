@@ -31,9 +31,10 @@ def reward_gradients(
     prompts: Sequence[Prompt],
     routes: Mapping[str, Route],
     *,
+    epoch: int,
     drop: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the rewards whose terms have `gradient: true`, in the rewards' own units.
+    """Gradients of the rewards whose terms train by them in an epoch, in the rewards' own units.
 
     Args:
         flow: the model, whose `decode` is differentiated.
@@ -42,6 +43,7 @@ def reward_gradients(
         images: [2P, 3, H, W], decoded from them.
         prompts: 2P.
         routes: name -> which of the images it scores.
+        epoch: the current one.
         drop: whether a gradient that cannot be had is left out, with a warning.
 
     Returns:
@@ -50,7 +52,7 @@ def reward_gradients(
     Raises:
         RewardError: a reward failed, or a gradient is not finite; it names the prompt, and has the image's row.
     """
-    names = rewards.gradient_terms
+    names = rewards.gradient_terms(epoch)
     found = {name: torch.zeros(ends.shape, dtype=torch.float32) for name in names}
     for start in range(0, len(ends) if names else 0, 2):
         pair = slice(start, start + 2)
@@ -83,10 +85,16 @@ def without_failures(scores: Mapping[str, Scores], gradients: Mapping[str, Tenso
 
 @torch.enable_grad()
 def _through_decoder(flow: FlowModel, ends: Tensor, pulls: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients at the latents of gradients at the images."""
+    """Gradients at the latents of gradients at the images; of each the largest number is 1 within the decoder.
+
+    A gradient at a pixel may be smaller than float16's numbers, in which the decoder may compute.
+    """
     latents = ends.detach().clone().requires_grad_()
     images = flow.decode(latents)
-    return [torch.autograd.grad(images, latents, pull.to(images), retain_graph=True)[0] for pull in pulls]
+    sizes = [pull.abs().max().clamp(min=torch.finfo(torch.float32).tiny) for pull in pulls]
+    units = [(pull / size).to(images) for pull, size in zip(pulls, sizes, strict=True)]
+    found = [torch.autograd.grad(images, latents, unit, retain_graph=True)[0] for unit in units]
+    return [size * each.float() for size, each in zip(sizes, found, strict=True)]
 
 
 def _left_out(error: RewardError, drop: bool) -> Tensor:

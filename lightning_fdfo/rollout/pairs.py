@@ -170,7 +170,7 @@ def start_rollout(
     texts, metadata = [prompt.text for prompt in twice], [prompt.metadata for prompt in twice]
     targets = routes(rewards.terms, metadata)
     with _named(pairs, epoch):
-        gradients = reward_gradients(flow, rewards, ends, images, twice, targets, drop=drop)
+        gradients = reward_gradients(flow, rewards, ends, images, twice, targets, epoch=epoch, drop=drop)
         scoring = rewards.start(images, texts, metadata, routes=targets, drop=drop)
     return StartedRollout(rollout._replace(gradients=gradients), scoring, epoch, begun)
 

@@ -36,6 +36,8 @@ class TrajectoryPoints(NamedTuple):
     """[B]"""
     conditioning: Conditioning
     """B rows"""
+    weight: Tensor | None = None
+    """[B]: what a point's loss is multiplied by, where an algorithm's is; 0 where the pair was dropped"""
 
     def pin_memory(self) -> TrajectoryPoints:
         """The same in pinned memory: Lightning's copy to a GPU then makes nobody wait."""
@@ -46,6 +48,7 @@ class TrajectoryPoints(NamedTuple):
             self.direction.pin_memory(),
             self.reward_difference.pin_memory(),
             self.conditioning.pin_memory(),
+            None if self.weight is None else self.weight.pin_memory(),
         )
 
     def first(self) -> TrajectoryPoints:
@@ -57,6 +60,7 @@ class TrajectoryPoints(NamedTuple):
             self.direction[:1],
             self.reward_difference[:1],
             self.conditioning[[0]],
+            None if self.weight is None else self.weight[:1],
         )
 
 

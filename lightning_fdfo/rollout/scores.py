@@ -52,7 +52,7 @@ class EpochScores(NamedTuple):
     contributions: dict[str, Tensor]
     """name of a reward -> [2P], what it adds to the half difference of the total; 0 in dropped pairs"""
     difference: Tensor
-    """[2P], half differences of the total, which train: the sum of the contributions"""
+    """[2P], half differences of the total: the sum of the contributions. They train as `Adaptation.scale` has them"""
 
     @property
     def kept_rows(self) -> Tensor:

@@ -44,7 +44,7 @@ def batch_loss(
         The loss, and what is logged of it by name.
     """
     loss, logged = objective(velocity, batch)
-    mean_loss = loss.mean()
+    mean_loss = (loss if batch.weight is None else loss * batch.weight).mean()
     if kl_weight:
         divergence = velocity_divergence(velocity, base_velocity()).mean()
         mean_loss = mean_loss + kl_weight * divergence

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.finite import check_finite_checkpoint, check_finite_weights
 from lightning_fdfo.flows.lora import LoRA
+from lightning_fdfo.parallel import reshard
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.rollout.adaptation import Adaptation
 
@@ -49,7 +50,7 @@ class TrainedState(LightningModule):
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name.
+    """The parameters that train, by name; sharded ones as shards, see `reshard`, so that they can be written to.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -57,6 +58,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(trainable(layer))
         ['weight']
     """
+    reshard(module)
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

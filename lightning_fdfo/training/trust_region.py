@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lightning_fdfo.parallel import all_sum
+from lightning_fdfo.parallel import all_sum, reshard
 from lightning_fdfo.rollout.points import TrajectoryPoints
 from lightning_fdfo.training.protocol import TrainingModule
 from lightning_fdfo.training.step import drift
+from lightning_fdfo.training.trained_state import trainable
 
 MAX_TRIES = 6
 """Shorter steps that are tried before the update is taken back."""
@@ -28,7 +29,8 @@ class TrustRegion:
         w <- w + s * step        the optimiser's step; s in (0, 1] with drift(s) <= bound
 
     Steps are tried from s = 1 on, until one comes to within `CLOSE` of the bound: a drift goes with a power of s, which
-    is 1 at first, for a small step, and then what the last two tries say. If none of `MAX_TRIES` is within the bound, s
+    is 1 at first, for a small step, and then what the last two tries say; one that is not finite is a tenth of the step
+    next time. If none of `MAX_TRIES` is within the bound, s
     is 0: the velocity was as far before. It is the step that is scaled, not the gradient: an optimiser such as Adam
     divides a gradient's size out again.
 
@@ -73,7 +75,8 @@ class TrustRegion:
         longest, power = 0.0, 1.0
         for _ in range(MAX_TRIES):
             scale, drift = self.scale, self.last_drift
-            self.scale = min(scale * (0.95 * self.bound / max(drift, 1e-12)) ** (1 / power), 1.0)
+            aimed = (0.95 * self.bound / max(drift, 1e-12)) ** (1 / power) if math.isfinite(drift) else 0.1
+            self.scale = min(scale * aimed, 1.0)
             self._put(before, after)
             if self.last_drift <= self.bound:
                 longest = max(longest, self.scale)
@@ -87,7 +90,8 @@ class TrustRegion:
 
 def _power(scale: float, drift: float, other_scale: float, other_drift: float) -> float:
     """The p of drift ~ s^p through two points; 1 where they say nothing."""
-    if min(scale, drift, other_scale, other_drift) <= 0 or scale == other_scale:
+    known = all(0 < number < math.inf for number in (scale, drift, other_scale, other_drift))
+    if not known or scale == other_scale:
         return 1.0
     return min(max(math.log(drift / other_drift) / math.log(scale / other_scale), 0.25), 4.0)
 
@@ -103,7 +107,8 @@ def within_trust_region(module: TrainingModule) -> Iterator[None]:
     if bound is None:
         yield
         return
-    region = TrustRegion(bound, [p for p in module.parameters() if p.requires_grad], partial(_drift, module))
+    transformer = module.flow.transformer
+    region = TrustRegion(bound, list(trainable(transformer).values()), partial(_drift, module))
     with region.around_update():
         yield
     module.log_means({"train/step_scale": region.scale, "train/step_drift": region.last_drift}, 1)
@@ -115,4 +120,5 @@ def _drift(module: TrainingModule) -> float:
     module.dropout.switch(False)
     with module.trainer.precision_plugin.forward_context():
         velocity = module.velocity(batch)
+    reshard(module.flow.transformer)
     return drift(velocity, batch.old_velocity, partial(all_sum, module.trainer)).item()

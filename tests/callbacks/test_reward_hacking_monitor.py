@@ -1,5 +1,6 @@
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_another_name_is_told_after_the_first_epoch(toy_module, fit):
 
 
 class Weights(ModelCheckpoint):
-    """Keeps the weights and the learning rate of each epoch's end, as its checkpoint has them."""
+    """Keeps the weights of each epoch's end, as its checkpoint has them, and its learning rate."""
 
     def __init__(self):
         super().__init__(save_top_k=0)
@@ -136,7 +137,7 @@ class Weights(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.ends.append(trainable(pl_module))
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.rates.append(round(trainer.callback_metrics["train/learning_rate"].item(), 6))
 
 
 def restoring(numbers, max_restores=3):
@@ -146,16 +147,27 @@ def restoring(numbers, max_restores=3):
     return RewardHackingMonitor({"image/brightness": band}, action="restore", max_restores=max_restores)
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
+def constant(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+SCHEDULERS = {
+    "none": None,
+    "lambda": constant,
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [constant(o), constant(o)], [2]),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.1 + 1e-9, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("scheduled", SCHEDULERS)
 def test_it_goes_back_to_the_best_weights_and_halves_the_learning_rate(greedy, fit, numbers, tmp_path, scheduled):
     kept, monitor, module, ema = Weights(), restoring(numbers), greedy(), EMA(decay=0.9)
-    if scheduled:
-        module.lr_scheduler = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    module.lr_scheduler = SCHEDULERS[scheduled]
     with pytest.warns(UserWarning, match=r"epoch 3: .* goes back to the weights that generated epoch 2, with half"):
         fit(module, 5, callbacks=[monitor, kept, ema], enable_checkpointing=True, default_root_dir=tmp_path / "run")
     assert numbers[2]["reward/mean"] > max(row["reward/mean"] for row in numbers[:2])
     assert all(torch.equal(value, kept.ends[1][name]) for name, value in kept.ends[3].items())
-    assert kept.rates == [0.1, 0.1, 0.1, 0.05, 0.05]
+    assert kept.rates == [0.1, 0.1, 0.1, 0.1, 0.05]
     assert not all(torch.equal(value, kept.ends[3][name]) for name, value in kept.ends[4].items())
     assert ema.num_updates == 4  # of one epoch
     (event,) = json.loads((tmp_path / "run/reward_hacking.json").read_text())["events"]
@@ -173,7 +185,7 @@ def test_after_so_many_the_next_one_stops_the_run(greedy, fit, tmp_path):
     assert trainer.current_epoch == 3
     assert sum("goes back" in str(one.message) for one in told) == 2
     assert "the run stops" in str(told[-1].message)
-    assert kept.rates == [0.05, 0.025, 0.025]
+    assert kept.rates == [0.1, 0.05, 0.025]
     assert all(torch.equal(value, kept.ends[1][name]) for name, value in kept.ends[0].items())
 
 
@@ -192,3 +204,33 @@ def test_a_run_that_resumes_goes_back_to_the_same(greedy, fit, numbers, tmp_path
     assert ends[0][2] == ends[1][2] < 0.1
     for one, other in zip(ends[0][:2], ends[1][:2], strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_where_an_average_generates_it_is_gone_back_to(greedy, fit, numbers, tmp_path):
+    """The images that were good were the average's."""
+    averages = []
+
+    class Watch(Weights):
+        def on_train_epoch_end(self, trainer, pl_module):
+            averages.append({name: value.clone() for name, value in ema.average.items()})
+            super().on_train_epoch_end(trainer, pl_module)
+
+    kept, ema = Watch(), EMA(decay=0.5, warmup=False, rollouts=True)
+    monitor = RewardHackingMonitor({"image/brightness": Band(change=(None, 0.03))}, action="restore")
+    with pytest.warns(UserWarning, match="goes back to"):
+        fit(greedy(), 12, callbacks=[monitor, kept, ema], enable_checkpointing=True, default_root_dir=tmp_path / "run")
+    event = json.loads((tmp_path / "run/reward_hacking.json").read_text())["events"][0]
+    assert event["restored"] > 0
+    good = averages[event["restored"] - 1]
+    for name, value in kept.ends[event["epoch"]].items():
+        torch.testing.assert_close(value, good[name])
+
+
+def test_a_mixture_that_changes_goes_back_to_the_last_good_epoch(greedy, fit, numbers, tmp_path):
+    module, monitor = greedy(), restoring(numbers)
+    term = module.rewards.terms["brightness"]
+    module.rewards.terms["brightness"] = replace(term, weight={0: 1.0, 5: 0.9})
+    with pytest.warns(UserWarning, match="goes back to the weights that generated epoch"):
+        fit(module, 5, callbacks=[monitor], enable_checkpointing=True, default_root_dir=tmp_path / "run")
+    events = json.loads((tmp_path / "run/reward_hacking.json").read_text())["events"]
+    assert events[0]["restored"] == events[0]["epoch"] - 1

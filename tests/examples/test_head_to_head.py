@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from lightning_fdfo import RewardMix, Sampling
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.generate import encode_prompts
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
@@ -68,7 +70,8 @@ def roll_out(churn, num_pairs=4, num_points=8):
 
     totals = mix.total(rollout.scores).values
     rows = torch.arange(2 * num_pairs)
-    return rollout, Context(totals, [prompt.text for prompt in prompts], rows, velocity, 0, 0)
+    texts, kept = [prompt.text for prompt in prompts], torch.ones(2 * num_pairs, dtype=torch.bool)
+    return rollout, Context(totals, kept, texts, rows, velocity, sampling, 0, 0)
 
 
 def as_batch(targets):
@@ -152,6 +155,13 @@ def test_flow_grpo_knows_the_density_of_each_step(baselines):
         ratios.append((logs[1] - logs[0]).exp())
     assert logged["train/ratio"] == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-3)
     assert float(torch.stack(ratios).std()) > 0.01
+
+
+def test_flow_grpo_does_not_know_antithetic_noise(baselines):
+    rollout, context = roll_out(churn=0.3)
+    context = context._replace(sampling=replace(context.sampling, antithetic=True))
+    with pytest.raises(ConfigurationError, match=r"expected sampling\.antithetic: false"):
+        baselines.FlowGRPO().targets(rollout, context)
 
 
 def test_independent_images_share_nothing_but_the_prompt():

@@ -37,6 +37,9 @@ def test_the_weight_of_the_kl_term_follows_the_drift(drift, factor):
         assert adaptation.kl_weight == 0.25 * factor
     adaptation.steer_kl(1, drift)
     assert adaptation.kl_weight == 0.25 * factor**2
+    for epoch in range(2, 40):
+        adaptation.steer_kl(epoch, drift)
+    assert adaptation.kl_weight == 0.25 * {0.5: 1 / 8, 1.0: 1.0, 2.0: 64.0}[factor]
 
 
 def test_the_total_is_scaled_by_all_pairs_so_far_and_clipped():

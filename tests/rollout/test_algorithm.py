@@ -9,10 +9,10 @@ from lightning_fdfo.objective import half_differences, normalize_difference
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
-from lightning_fdfo.rollout.algorithm import Algorithm, Targets, group_advantages
+from lightning_fdfo.rollout.algorithm import Algorithm, Context, Targets, group_advantages
 from lightning_fdfo.rollout.collector import RolloutCollector
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.training.step import fdfo_loss
+from lightning_fdfo.training.step import batch_loss, fdfo_loss
 from tests.conftest import ToyFlow, brightness, trainable
 from tests.rollout.test_collector import OneOfSome
 
@@ -28,6 +28,7 @@ class AsFDFO(Algorithm):
         branch, step = points.chosen.unbind(-1)
         row = 2 * torch.arange(len(branch))[:, None] + branch
         direction = normalize_difference(half_differences(points.ends), "root_mean_square")
+        assert context.sampling.num_steps == 4
         advantage = half_differences(context.totals)[context.rows]
         velocities = points.velocities
         if self.again:
@@ -60,29 +61,58 @@ def test_the_velocity_that_it_may_ask_for_is_the_rollouts(toy_module, fit):
 
 
 @pytest.mark.filterwarnings("ignore:dropped")
-def test_a_dropped_pair_teaches_nothing(toy_module, fit):
-    seen = []
+def test_a_dropped_pair_is_in_no_advantage_and_teaches_nothing(toy_module, fit):
+    """Also where the loss of an advantage of 0 has a gradient."""
+    seen, losses = [], []
 
     class Watched(AsFDFO):
+        def targets(self, rollout, context):
+            seen.append((context, group_advantages(context)))
+            return super().targets(rollout, context)
+
         def loss(self, velocity, batch):
-            seen.append(batch.reward_difference)
-            return super().loss(velocity, batch)
+            losses.append((batch, velocity))
+            return (velocity - 1).pow(2).flatten(1).mean(dim=1), {}
 
     def partly(images, prompts, metadata):
         if any(prompt.startswith("the") for prompt in prompts):
             raise ValueError("no dogs")
-        return images.mean(dim=(1, 2, 3))
+        return images.mean(dim=(1, 2, 3)) - 10
 
     options = {"on_reward_error": "drop_pair", "max_dropped": 0.5, "updates_per_epoch": 1, "batch_size": 128}
     module = toy_module(rewards={"partly": RewardTerm(partly)}, algorithm=Watched(), **options)
     fit(module, 1)
+    (context, advantages), (batch, velocity) = seen[0], losses[0]
     dropped = ~module.collector.scores.kept
     assert dropped.any()
-    advantage = seen[0].view(-1, 16)  # a row a point, a column a pair
-    assert not advantage[:, dropped].any()
+    assert not advantages[dropped.repeat_interleave(2)].any()
+    whole = context._replace(
+        totals=context.totals[context.kept],
+        prompts=[text for text, kept in zip(context.prompts, ~dropped, strict=True) if kept],
+        kept=context.kept[context.kept],
+    )
+    torch.testing.assert_close(advantages[context.kept], group_advantages(whole))
+    weight = batch.weight.view(-1, 16)  # a row a point, a column a pair
     factor = 16 / (16 - int(dropped.sum()))
-    expected = (half_differences(module.collector.scores.scores["partly"].values).float() * factor).view(16, 2)
-    assert ((advantage[:, :, None] - expected).abs().amin(dim=2) < 1e-6).all()
+    assert torch.equal(weight, torch.where(dropped, 0.0, factor).expand_as(weight))
+    loss, _ = batch_loss(velocity, batch, Watched().loss, 0.0, lambda: velocity)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    assert not gradient.view(-1, 16, 12)[:, dropped].any()
+    assert gradient.view(-1, 16, 12)[:, ~dropped].any()
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"objective": Objective(reward_clip=1.0)}, "objective.reward_clip"),
+        ({"objective": Objective(reward_scale="std")}, "objective.reward_scale"),
+        ({"rewards": {"brightness": RewardTerm(brightness, clip=1.0)}}, "rewards.brightness.clip"),
+        ({"rewards": {"colours": {"reward": "Colorfulness", "gradient": True}}}, "rewards.colours.gradient"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(toy_module, option, named):
+    with pytest.raises(ConfigurationError, match=f"{named} would have no effect with AsFDFO"):
+        toy_module(algorithm=AsFDFO(), **option)
 
 
 def test_other_shapes_than_the_plans_are_named(toy_module, fit):
@@ -97,15 +127,20 @@ def test_other_shapes_than_the_plans_are_named(toy_module, fit):
 # Groups
 
 
+def context(totals, prompts, kept=None):
+    kept = torch.ones(len(totals), dtype=torch.bool) if kept is None else kept
+    return Context(totals, kept, prompts, torch.arange(len(totals)), None, Sampling(), 0, 0)
+
+
 def test_advantages_are_of_a_prompts_own_images():
     totals, prompts = torch.randn(12, dtype=torch.float64), ["a", "b", "a", "b", "b", "c"]
-    found = group_advantages(totals, prompts)
+    found = group_advantages(context(totals, prompts))
     for text in "abc":
         own = torch.tensor([prompt == text for prompt in prompts]).repeat_interleave(2)
         values = totals[own]
         expected = (values - values.mean()) / (values.std(correction=0) + 1e-4)
         torch.testing.assert_close(found[own], expected.float())
-    assert not group_advantages(torch.full((4,), 0.3), ["a", "a"]).any()
+    assert not group_advantages(context(torch.full((4,), 0.3), ["a", "a"])).any()
 
 
 def collector(pairs_per_prompt, rank=0, devices=1):

@@ -13,7 +13,7 @@ from lightning_fdfo.reward.scores import Scores
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.pairs import start_rollout
 from lightning_fdfo.rollout.points import allocate_points
-from tests.conftest import ToyFlow, brightness
+from tests.conftest import ToyFlow, brightness, trainable
 from tests.test_module import Recorder
 
 CPU = torch.device("cpu")
@@ -111,6 +111,9 @@ def test_both_pulls_add_up_and_the_direction_keeps_its_size(normalization):
     nothing, size = add_gradient(direction, torch.zeros(6), torch.zeros(6, 3, 2))
     assert not nothing.any()
     assert not size.any()
+    same, size = add_gradient(direction, reward, torch.zeros(6, 3, 2), distance)
+    torch.testing.assert_close(same, direction)
+    torch.testing.assert_close(size, reward)
 
 
 def test_it_is_weighed_scaled_routed_and_gated_as_a_difference_is():
@@ -190,6 +193,30 @@ def test_a_run_that_drops_pairs_goes_on(toy_module, fit, tmp_path):
         fit(module, 20, callbacks=[recorder], train=str(prompts))
     assert recorder.epochs[0]["reward/dropped"] == 0.25
     assert recorder.epochs[-1]["reward/failing/mean"] > recorder.epochs[0]["reward/failing/mean"] + 0.05
+
+
+def test_a_watched_term_takes_no_gradient(toy_module, fit):
+    ends = []
+    for gradient in (False, True):
+        rewards = {"brightness": RewardTerm(brightness), "watched": RewardTerm(Bright(), 0.0, gradient=gradient)}
+        module = toy_module(rewards=rewards)
+        fit(module, 2)
+        ends.append(trainable(module))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_small_gradients_survive_a_decoder_in_float16():
+    class Half(ToyFlow):
+        def decode(self, latents):
+            return latents.half().sigmoid().float()
+
+    class Faint(Bright):
+        def __call__(self, images, prompts, metadata):
+            return 1e-6 * super().__call__(images, prompts, metadata)
+
+    exact = roll_out(ToyFlow(), {"faint": RewardTerm(Faint(), gradient=True)})[1].gradients["faint"]
+    half = roll_out(Half(), {"faint": RewardTerm(Faint(), gradient=True)})[1].gradients["faint"]
+    torch.testing.assert_close(half, exact, rtol=0.01, atol=0)
 
 
 def test_terms_that_cannot_are_refused():

@@ -42,7 +42,7 @@ def rollout(scores, pairs=range(4), routes=None):
     made = {name: with_masks(values, routes[name]).select(rows) for name, values in scores.items()}
     statistics = {"brightness": torch.arange(8.0)[rows]}
     sigmas = torch.tensor([1.0, 0.0])
-    return Rollout(pairs, "abcd", sigmas, points, Conditioning({}), made, statistics, {}, seconds=2.0)
+    return Rollout(pairs, "abcd", sigmas, sigmas, points, Conditioning({}), made, statistics, {}, seconds=2.0)
 
 
 def gathered(rollout, num_pairs, all_sum=lambda sums: sums):

@@ -37,6 +37,13 @@ def test_a_longer_one_is_scaled_back_to_the_bound(drift):
     assert 0.07 <= region.last_drift <= 0.1
 
 
+@pytest.mark.parametrize("nowhere", [torch.inf, torch.nan])
+def test_a_velocity_that_is_not_finite_is_too_far(nowhere):
+    weight, region = update(0.1, lambda w: w if w < 0.5 else nowhere)
+    assert 0.07 <= region.last_drift <= 0.1
+    assert weight == pytest.approx(region.scale)
+
+
 def test_it_is_taken_back_where_no_shorter_one_will_do():
     measured = []
     weight, region = update(0.1, lambda w: measured.append(w) or 1.0)
