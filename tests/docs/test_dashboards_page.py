@@ -12,6 +12,7 @@ from lightning_fdfo.callbacks import EMA
 from lightning_fdfo.reward.term import Gate, RewardTerm
 from lightning_fdfo.schedules import AdaptiveChurn
 from tests.conftest import brightness
+from tests.rollout.test_algorithm import AsFDFO
 from tests.rollout.test_gradients import Bright
 
 PAGE = (Path(__file__).parents[2] / "docs/dashboards.md").read_text(encoding="utf-8")
@@ -49,10 +50,13 @@ def logged(fit, toy_module, tmp_path, prompts_file):
         on_reward_error="drop_pair",
         metrics={"blueness": RewardTerm(blueness)},
     )
-    logger = CSVLogger(tmp_path, name="csv")
-    fit(module, 2, val=str(prompts_file), logger=logger, callbacks=[EMA()], log_every_n_steps=1)
-    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
-        return set(next(csv.reader(file))) - LIGHTNINGS
+    names = set()
+    for one, options in ((module, {"val": str(prompts_file)}), (toy_module(algorithm=AsFDFO()), {})):
+        logger = CSVLogger(tmp_path, name="csv")
+        fit(one, 2, logger=logger, callbacks=[EMA()], log_every_n_steps=1, **options)
+        with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+            names |= set(next(csv.reader(file)))
+    return names - LIGHTNINGS
 
 
 def test_every_number_is_explained(logged):
