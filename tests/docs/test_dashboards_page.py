@@ -53,7 +53,8 @@ def logged(fit, toy_module, tmp_path, prompts_file):
     names = set()
     for one, options in ((module, {"val": str(prompts_file)}), (toy_module(algorithm=AsFDFO()), {})):
         logger = CSVLogger(tmp_path, name="csv")
-        fit(one, 2, logger=logger, callbacks=[EMA()], log_every_n_steps=1, **options)
+        folder = {"default_root_dir": logger.log_dir}
+        fit(one, 2, logger=logger, callbacks=[EMA()], log_every_n_steps=1, **folder, **options)
         with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
             names |= set(next(csv.reader(file)))
     return names - LIGHTNINGS
