@@ -18,12 +18,11 @@ from tests.runs.test_configs import BASES, CONFIGS, FULL_SIZE, SINGLE_GPU, read
 from tests.runs.test_kills import EVER, said, start  # noqa: F401 - a fixture
 from tests.runs.test_parallel import ROOT
 
-OVERLAYS = {"legible_and_small": "quickstart", "legible_then_small": "quickstart"} | dict.fromkeys(
-    SINGLE_GPU, "sd35_medium_pickscore"
-)
+MIXTURES = ("legible_and_small", "legible_then_small", "legible_and_colorful")
+OVERLAYS = dict.fromkeys([*MIXTURES, "guarded"], "quickstart") | dict.fromkeys(SINGLE_GPU, "sd35_medium_pickscore")
 """Those for one process, and what they are laid over; test_parallel.py and test_kills.py have the others."""
 RUNS = [*BASES, *OVERLAYS]
-ALWAYS = ("quickstart", "sd35_medium_pickscore")
+ALWAYS = ("quickstart", "sd35_medium_pickscore", "legible_and_colorful", "guarded")
 """Those that are tried on every change."""
 MINE = {
     "single_gpu_24gb": ["--model.flow.init_args.quantization=null", "--trainer.accelerator=cpu"],
