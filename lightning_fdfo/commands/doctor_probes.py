@@ -15,6 +15,7 @@ from lightning_fdfo.files import format_bytes
 from lightning_fdfo.flows import DiffusersFlow
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.guards import memory
+from lightning_fdfo.guards.capacity import gradient_terms
 from lightning_fdfo.guards.silent_rewards import nothing_learned
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
@@ -191,7 +192,9 @@ def _rollout_size(module: FDFOModule, conditioning: Conditioning) -> Finding:
     sampling, plan = module.sampling, module.plan
     latent = torch.Size(module.flow.latent_shape(sampling.height, sampling.width)).numel()
     row = sum(tensor[0].nbytes for tensor in conditioning.tensors.values())
-    size = memory.rollout_bytes(plan.pairs_per_device, plan.points_per_pair, latent, row, sampling.store_dtype.itemsize)
+    points, store = plan.points_per_pair, sampling.store_dtype.itemsize
+    added = memory.added_latents(points, gradient_terms(module), module.algorithm is not None)
+    size = memory.rollout_bytes(plan.pairs_per_device, points, latent, row, store, added)
     return Finding(True, f"an epoch's rollout takes {format_bytes(size)} of main memory, for each device")
 
 

@@ -156,9 +156,15 @@ def _trained(numel: int, settings: str) -> Need:
 def _at_rest(module: TrainingModule, numel: int, processes: int) -> list[Need]:
     """The rollout of this machine's processes."""
     sampling, points = module.sampling, _points(module)
-    size = processes * memory.rollout_bytes(_pairs(module), points, numel, 0, sampling.store_dtype.itemsize)
+    added = memory.added_latents(points, gradient_terms(module), module.algorithm is not None)
+    size = processes * memory.rollout_bytes(_pairs(module), points, numel, 0, sampling.store_dtype.itemsize, added)
     settings = f"num_pairs={module.batching.num_pairs}, {points} points a pair, {sampling.height} x {sampling.width}"
     return [Need("an epoch's rollout", size, size, settings)]
+
+
+def gradient_terms(module: TrainingModule) -> int:
+    """How many terms of the mixture train by their gradient in some epoch."""
+    return sum(term.gradient and not term.is_watched for term in module.rewards.terms.values())
 
 
 def _work(module: TrainingModule, numel: int, fit: bool) -> list[Need]:

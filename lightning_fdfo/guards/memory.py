@@ -77,12 +77,32 @@ def activation_bytes(
     return kept * points * tokens * width * bytes_per_value
 
 
+def added_latents(points_per_pair: int, gradient_terms: int, algorithm: bool) -> int:
+    """Latents of a pair in float32 that an epoch keeps beside FDFO's own, at its peak.
+
+        2 * (2 * gradient_terms + 4)        with terms that train by their gradient: it, its pull, and four of the sum
+        5 * points_per_pair                 with another algorithm: its targets, and what they are made of
+
+    Example:
+        >>> added_latents(80, gradient_terms=1, algorithm=False), added_latents(4, gradient_terms=0, algorithm=True)
+        (12, 20)
+    """
+    gradients = BRANCHES * (2 * gradient_terms + 4) if gradient_terms else 0
+    return gradients + (5 * points_per_pair if algorithm else 0)
+
+
 def rollout_bytes(
-    pairs: int, points_per_pair: int, latent_numel: int, conditioning_bytes: int, velocity_bytes: int = FLOAT32
+    pairs: int,
+    points_per_pair: int,
+    latent_numel: int,
+    conditioning_bytes: int,
+    velocity_bytes: int = FLOAT32,
+    added: int = 0,
 ) -> int:
     """An epoch's rollout on the CPU: each point's latents and velocity, and three tensors of a branch.
 
-        pairs * (points_per_pair * (4 + velocity_bytes) + 2 * 3 * 4) * latent_numel + pairs * conditioning_bytes
+        pairs * (points_per_pair * (4 + velocity_bytes) + 2 * 3 * 4 + 4 * added) * latent_numel
+            + pairs * conditioning_bytes
 
     The three are the final latents, their half differences, and the directions.
 
@@ -92,6 +112,7 @@ def rollout_bytes(
         latent_numel: numbers of one latent.
         conditioning_bytes: of one prompt's conditioning, which both branches share.
         velocity_bytes: of a number of a velocity, see `sampling.store`.
+        added: latents of a pair that gradients or another algorithm keep, see `added_latents`.
 
     Example:
         >>> from lightning_fdfo.files import format_bytes
@@ -101,5 +122,5 @@ def rollout_bytes(
         >>> format_bytes(rollout_bytes(pairs=54, points_per_pair=10, **sizes))
         '437.7 MiB'
     """
-    numbers = points_per_pair * (FLOAT32 + velocity_bytes) + BRANCHES * PER_BRANCH * FLOAT32
+    numbers = points_per_pair * (FLOAT32 + velocity_bytes) + (BRANCHES * PER_BRANCH + added) * FLOAT32
     return pairs * (numbers * latent_numel + conditioning_bytes)

@@ -574,7 +574,7 @@ def plugin(tmp_path, monkeypatch):
 def test_check_prints_a_line_a_check(fine):
     *lines, last = fine("check", "JPEGSize", "--init_args", "{quality: 80}").splitlines()
     assert last == "JPEGSize keeps the contract"
-    assert len(lines) == 12
+    assert len(lines) == 13
     assert all(line.startswith("ok ") for line in lines)
 
 

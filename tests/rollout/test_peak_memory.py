@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_fdfo import RewardMix, Sampling
-from lightning_fdfo.guards.memory import rollout_bytes
+from lightning_fdfo import Reward, RewardMix, Sampling
+from lightning_fdfo.guards.memory import added_latents, rollout_bytes
 from lightning_fdfo.prompts import Prompt
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.collector import RolloutCollector
@@ -34,11 +34,20 @@ class LargeFlow(ToyFlow):
         return latents[:, :3, :2, :2].sigmoid()
 
 
-def added(num_points, store):
+class Bright(Reward):
+    """Brightness, with its gradient."""
+
+    differentiable = True
+
+    def __call__(self, images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3))
+
+
+def added(num_points, store, gradient):
     """The peak of resident memory that an epoch adds, in bytes; a small one has made torch allocate its own before."""
-    epoch(2, num_points, store)
+    epoch(2, num_points, store, gradient)
     before = peak()
-    epoch(PAIRS, num_points, store)
+    epoch(PAIRS, num_points, store, gradient)
     return peak() - before
 
 
@@ -48,7 +57,7 @@ def peak():
     return 1024 * int(line.split()[1])
 
 
-def epoch(num_pairs, num_points, store):
+def epoch(num_pairs, num_points, store, gradient):
     """Goes through an epoch."""
     flow = LargeFlow()
     flow.load()
@@ -57,7 +66,7 @@ def epoch(num_pairs, num_points, store):
         world_size=1,
     )  # fmt: skip
     sampling = Sampling(num_steps=STEPS, height=2, width=2, churn=0.1, store=store)
-    rewards = RewardMix({"brightness": RewardTerm(brightness)})
+    rewards = RewardMix({"brightness": RewardTerm(brightness), "bright": RewardTerm(Bright(), gradient=gradient)})
     prompts = [Prompt("a cat", "", {}, "p:1")]
     collector = RolloutCollector(flow, rewards, prompts, plan, sampling, OneOfSome(0), seed=0, rollout_batch_size=CHUNK)
     for _ in collector:
@@ -66,12 +75,14 @@ def epoch(num_pairs, num_points, store):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STATUS.exists(), reason="needs Linux, which tells a program's peak")
+@pytest.mark.parametrize("gradient", [False, True], ids=["differences", "gradient"])
 @pytest.mark.parametrize(("num_points", "store"), [(40, "float32"), (5, "float32"), (40, "bfloat16")])
-def test_the_peak_is_at_most_115_percent_of_the_formula(num_points, store):
+def test_the_peak_is_at_most_115_percent_of_the_formula(num_points, store, gradient):
     """In a process of its own, for a peak never falls."""
-    line = f"from tests.rollout.test_peak_memory import added; print(added({num_points}, {store!r}))"
+    line = f"from tests.rollout.test_peak_memory import added; print(added({num_points}, {store!r}, {gradient}))"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
     size, itemsize = json.loads(done.stdout), getattr(torch, store).itemsize
-    told = rollout_bytes(PAIRS, num_points, torch.Size(SHAPE).numel(), 0, itemsize)
+    more = added_latents(num_points, int(gradient), algorithm=False)
+    told = rollout_bytes(PAIRS, num_points, torch.Size(SHAPE).numel(), 0, itemsize, more)
     print(f"\n{num_points} of {2 * STEPS} points, {store}: {size / 2**20:.0f} MiB, {size / told:.3f} of the formula")
     assert 0.9 < size / told <= 1.15
