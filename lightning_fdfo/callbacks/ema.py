@@ -32,8 +32,8 @@ class EMA(Callback):
 
     It starts as the weights before the first step. Validation runs with it; training uses the weights themselves, and
     so do rollouts, unless `rollouts` is on. A checkpoint keeps both: the weights where they always are, the average in
-    the callback's entry.
-    `LoRAExport` writes both, see there. A run that resumes from a checkpoint without an average starts one there.
+    the callback's entry. `LoRAExport` writes both, see there. A run that resumes from a checkpoint without an average
+    starts one there.
 
     Args:
         decay: in (0, 1).

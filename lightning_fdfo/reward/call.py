@@ -50,11 +50,7 @@ def score_images(
     Raises:
         RewardError: it raised something, or gave something else than N real numbers within float32's range.
     """
-    with (
-        guarded(name, reward, f"failed on images on {device}", f"it scores {len(images)} images on {device}"),
-        torch.autocast(device.type, enabled=False),  # a score's digits are not the trainer's to cut
-        _current(device),
-    ):
+    with _calling(name, reward, device, f"it scores {len(images)} images on {device}"):
         own = images.to(device, copy=True)
         given = torch.as_tensor(reward(own, list(prompts), [own_metadata(row) for row in metadata])).detach()
         if given.is_complex():
@@ -94,11 +90,7 @@ def image_gradient(
     Raises:
         RewardError: it raised something, its scores carry no gradient, or that is not finite.
     """
-    with (
-        guarded(name, reward, f"failed on images on {device}", f"it is differentiated at {len(images)} images"),
-        torch.autocast(device.type, enabled=False),
-        _current(device),
-    ):
+    with _calling(name, reward, device, f"it is differentiated at {len(images)} images on {device}"):
         own = images.detach().to(device, torch.float32, copy=True).requires_grad_()
         scores = reward(own, list(prompts), [own_metadata(row) for row in metadata])
         if not isinstance(scores, Tensor) or not scores.requires_grad:
@@ -142,6 +134,17 @@ def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[Non
         raise ConfigurationError(_missing(name, reward, error)) from error
     except BaseException as error:  # SystemExit too: it would end the run without a word
         raise _failure(name, reward, f"{failing}: {error!r}") from error
+
+
+@contextmanager
+def _calling(name: str, reward: Reward, device: torch.device, doing: str) -> Iterator[None]:
+    """Around the call of a reward on images: guarded, on its device, and in full precision."""
+    with (
+        guarded(name, reward, f"failed on images on {device}", doing),
+        torch.autocast(device.type, enabled=False),  # a score's digits are not the trainer's to cut
+        _current(device),
+    ):
+        yield
 
 
 def overdue(name: str, reward: Reward, num_images: int, seconds: float, reason: str) -> RewardError:

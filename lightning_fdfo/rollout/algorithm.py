@@ -78,8 +78,11 @@ class Context(NamedTuple):
     """[2P]: which of the totals are this device's"""
     velocity: Velocity
     sampling: Sampling
+    """how the pairs were sampled"""
     seed: int
+    """the run's"""
     epoch: int
+    """the current one"""
 
 
 class Algorithm(ABC):
@@ -125,6 +128,12 @@ def group_advantages(context: Context, *, eps: float = 1e-4) -> Tensor:
 
     Returns:
         [2Q], float32.
+
+    Example:
+        >>> totals, kept = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.ones(4, dtype=torch.bool)
+        >>> context = Context(totals, kept, ["a cat", "the dog"], torch.arange(4), lambda *_: totals, Sampling(), 0, 0)
+        >>> group_advantages(context, eps=1e-9)
+        tensor([-1.,  1.,  0.,  0.])
 
     Source: Shao et al. 2024 (arXiv 2402.03300), eq. 3 of section 4.1.
     """

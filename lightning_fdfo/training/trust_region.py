@@ -29,10 +29,9 @@ class TrustRegion:
         w <- w + s * step        the optimiser's step; s in (0, 1] with drift(s) <= bound
 
     Steps are tried from s = 1 on, until one comes to within `CLOSE` of the bound: a drift goes with a power of s, which
-    is 1 at first, for a small step, and then what the last two tries say; one that is not finite is a tenth of the step
-    next time. If none of `MAX_TRIES` is within the bound, s
-    is 0: the velocity was as far before. It is the step that is scaled, not the gradient: an optimiser such as Adam
-    divides a gradient's size out again.
+    is 1 at first, for a small step, and then what the last two tries say. After a drift that is not finite, a tenth of
+    the step is tried. If none of `MAX_TRIES` is within the bound, s is 0: the velocity was as far before. It is the
+    step that is scaled, not the gradient: an optimiser such as Adam divides a gradient's size out again.
 
     Args:
         bound: > 0, of the drift.

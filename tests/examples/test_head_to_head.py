@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,17 +41,6 @@ def baselines(monkeypatch):
 
     yield baselines
     del sys.modules["baselines"]
-
-
-@pytest.fixture
-def python(monkeypatch):
-    """Runs a script of the study as `python SCRIPT WORDS` does."""
-
-    def run(script, *words):
-        monkeypatch.setattr("sys.argv", [script, *map(str, words)])
-        return runpy.run_path(str(STUDY / script), run_name="__main__")
-
-    return run
 
 
 def roll_out(churn, num_pairs=4, num_points=8):

@@ -22,17 +22,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def python(monkeypatch):
-    """Runs a script of the study as `python SCRIPT WORDS` does."""
-
-    def run(script, *words):
-        monkeypatch.setattr("sys.argv", [script, *map(str, words)])
-        return runpy.run_path(str(STUDY / script), run_name="__main__")
-
-    return run
-
-
 def test_three_commands_from_mixtures_to_a_picture(python, tmp_path, capsys):
     prompts = tmp_path / "heldout.txt"
     prompts.write_text("".join((STUDY / "heldout.txt").read_text().splitlines(keepends=True)[:4]))
