@@ -32,13 +32,10 @@ def check_arguments(
     objective: Objective, lora: LoRA | None, seed: int, algorithm: Algorithm | None, terms: Mapping[str, RewardTerm]
 ) -> None:
     """Raises ConfigurationError for arguments that do not go together, and for a seed that is none."""
+    bounds = {"reward_scale": objective.reward_scale != "none", "reward_clip": objective.reward_clip is not None}
+    of_differences = [f"objective.{name}" for name, is_set in bounds.items() if is_set]
     if algorithm is not None:
-        idle = [
-            f"objective.{name}"
-            for name in ("reward_scale", "reward_clip")
-            if getattr(objective, name) not in (None, "none")
-        ]
-        idle += [
+        idle = of_differences + [
             f"rewards.{term}.{key}"
             for term, one in terms.items()
             for key in ("clip", "gate", "gradient")
@@ -49,6 +46,11 @@ def check_arguments(
                 f"model.algorithm: {', '.join(idle)} would have no effect with {type(algorithm).__name__}: FDFO alone "
                 "trains by the differences of pairs; leave them out"
             )
+    elif of_differences and all(term.gradient or term.is_watched for term in terms.values()):
+        raise ConfigurationError(
+            f"{' and '.join(of_differences)} would have no effect: every reward that trains does so by its gradient, "
+            "and there is no difference of pairs to scale or to clip; leave it out"
+        )
     if objective.kl_weight and lora is None:
         raise ConfigurationError("kl_weight needs the base model beside the trained one: use a LoRA, or 0")
     check_number("seed", seed, at_least=0)

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.rollout.pairs import Rollout
 from lightning_fdfo.rollout.plan import BatchPlan
-from lightning_fdfo.rollout.points import TrajectoryPoints, dealing_order
+from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, dealing_order
 from lightning_fdfo.settings import Sampling
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,18 +52,22 @@ def deal_targets(
         kept: [P], what the losses of a pair are multiplied by; 0 for one that was dropped.
         conditioning: P rows.
         plan: the epoch's arithmetic.
-
-    Raises:
-        ValueError: targets of other shapes than the plan's.
     """
-    if targets.sigma.shape != (plan.pairs_per_device, plan.points_per_pair):
-        raise ValueError(
-            f"Algorithm.targets: expected {plan.points_per_pair} points of each of {plan.pairs_per_device} pairs, got "
-            f"sigma {list(targets.sigma.shape)}"
-        )
     for pair, number in dealing_order(plan.pairs_per_device, plan.points_per_pair, plan.batch_size):
         latents, sigma, velocity, direction, advantage = (each[pair, number] for each in targets)
         yield TrajectoryPoints(latents, sigma, velocity, direction, advantage, conditioning[pair], kept[pair])
+
+
+def check_targets(name: str, targets: Targets, points: PairPoints) -> None:
+    """Raises ConfigurationError, by the class's name, for targets of other shapes than the points of a rollout."""
+    if not isinstance(targets, Targets):
+        raise ConfigurationError(f"{name}.targets: expected Targets, got {type(targets).__name__}")
+    expected = {"sigma": points.latents.shape[:2], "advantage": points.latents.shape[:2]}
+    for key, value in targets._asdict().items():
+        shape = expected.get(key, points.latents.shape)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigurationError(f"{name}.targets: expected {key} of shape {list(shape)}, got {got}")
 
 
 class Context(NamedTuple):

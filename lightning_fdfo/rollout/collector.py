@@ -27,7 +27,7 @@ from lightning_fdfo.randomness import prompt_rows
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.scores import kept_pairs
 from lightning_fdfo.rollout.adaptation import Adaptation
-from lightning_fdfo.rollout.algorithm import Algorithm, Context, deal_targets
+from lightning_fdfo.rollout.algorithm import Algorithm, Context, check_targets, deal_targets
 from lightning_fdfo.rollout.metrics import rollout_metrics
 from lightning_fdfo.rollout.pairs import Rollout, StartedRollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
@@ -131,6 +131,7 @@ class RolloutCollector:
         context = Context(totals, scores.kept_rows, scores.prompts, rows, velocity, self.sampling, self.seed, epoch)
         begun = time.perf_counter()
         targets = algorithm.targets(rollout, context)
+        check_targets(type(algorithm).__name__, targets, rollout.points)
         self.metrics["rollout/targets_seconds"] = time.perf_counter() - begun
         self.context.announce("on_rollout_end", rollout, scores)
         kept = scores.kept_rows[rows][::2] * (self.plan.num_pairs / scores.kept.sum())

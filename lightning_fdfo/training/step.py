@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.objective import velocity_divergence, velocity_objective
 from lightning_fdfo.rollout.points import TrajectoryPoints
 
@@ -42,8 +43,15 @@ def batch_loss(
 
     Returns:
         The loss, and what is logged of it by name.
+
+    Raises:
+        ConfigurationError: an objective that gives something else than a loss a point.
     """
     loss, logged = objective(velocity, batch)
+    if loss.shape != velocity.shape[:1]:
+        raise ConfigurationError(
+            f"Algorithm.loss: expected a loss a point, of shape {list(velocity.shape[:1])}, got {list(loss.shape)}"
+        )
     mean_loss = (loss if batch.weight is None else loss * batch.weight).mean()
     if kl_weight:
         divergence = velocity_divergence(velocity, base_velocity()).mean()

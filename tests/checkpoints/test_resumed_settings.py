@@ -25,6 +25,7 @@ from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.guards.finite_weights import FiniteWeights
 from lightning_fdfo.reward import FunctionReward
 from lightning_fdfo.reward.term import RewardTerm
+from lightning_fdfo.training.learning_rate import WarmupDecay
 from tests.conftest import ToyFlow, brightness
 
 UPDATES = 2
@@ -115,6 +116,7 @@ def test_what_counted_is_in_the_next_checkpoint(resume, tmp_path):
 
 SCHEDULES = {
     "linear": lambda optimizer: LinearLR(optimizer, 0.1, total_iters=20),
+    "warmup": lambda optimizer: WarmupDecay(optimizer, 20, warmup_steps=6),
     "cosine": lambda optimizer: CosineAnnealingLR(optimizer, 20, eta_min=1e-3),
     "cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=2 * optimizer.param_groups[0]["lr"], total_steps=20),
     "lambda": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step)),

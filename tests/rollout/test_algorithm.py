@@ -115,13 +115,40 @@ def test_what_would_have_no_effect_is_refused(toy_module, option, named):
         toy_module(algorithm=AsFDFO(), **option)
 
 
-def test_other_shapes_than_the_plans_are_named(toy_module, fit):
-    class Short(AsFDFO):
-        def targets(self, rollout, context):
-            return Targets(*(each[:, :3] for each in super().targets(rollout, context)))
+class Wrong(AsFDFO):
+    """Gives what a module cannot train on."""
 
-    with pytest.raises(ValueError, match=r"expected 8 points of each of 16 pairs, got sigma \[16, 3\]"):
-        fit(toy_module(algorithm=Short()), 1)
+    def __init__(self, change=lambda targets: targets, change_loss=lambda loss: loss):
+        super().__init__()
+        self.change, self.change_loss = change, change_loss
+
+    def targets(self, rollout, context):
+        return self.change(super().targets(rollout, context))
+
+    def loss(self, velocity, batch):
+        loss, logged = super().loss(velocity, batch)
+        return self.change_loss(loss), logged
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (Wrong(lambda targets: tuple(targets)), "Wrong.targets: expected Targets, got tuple"),
+        (
+            Wrong(lambda targets: Targets(*(each[:, :3] for each in targets))),
+            r"Wrong.targets: expected latents of shape \[16, 8, 3, 2, 2\], got \[16, 3, 3, 2, 2\]",
+        ),
+        (
+            Wrong(lambda targets: targets._replace(advantage=targets.advantage[:, 0])),
+            r"Wrong.targets: expected advantage of shape \[16, 8\], got \[16\]",
+        ),
+        (Wrong(lambda targets: targets._replace(sigma=0.5)), r"expected sigma of shape \[16, 8\], got float"),
+        (Wrong(change_loss=torch.mean), r"Algorithm.loss: expected a loss a point, of shape \[\d+\], got \[\]"),
+    ],
+)
+def test_what_it_may_not_give_is_named(toy_module, fit, algorithm, message):
+    with pytest.raises(ConfigurationError, match=message):
+        fit(toy_module(algorithm=algorithm), 1)
 
 
 # Groups

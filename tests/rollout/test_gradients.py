@@ -228,3 +228,11 @@ def test_terms_that_cannot_are_refused():
         RewardMix({"colours": {"reward": "Colorfulness", "gradient": True, "clip": 1}})
     with pytest.raises(ConfigurationError, match="expected gradient true or false, got gradient 'yes'"):
         RewardMix({"colours": {"reward": "Colorfulness", "gradient": "yes"}})
+
+
+@pytest.mark.parametrize("objective", [Objective(reward_clip=0.2), Objective(reward_scale="std")])
+def test_what_bounds_differences_is_refused_where_none_trains(toy_module, objective):
+    bright = RewardTerm(Bright(), gradient=True)
+    with pytest.raises(ConfigurationError, match="would have no effect: every reward that trains does so by its gradi"):
+        toy_module(rewards={"bright": bright, "watched": RewardTerm(brightness, 0.0)}, objective=objective)
+    toy_module(rewards={"bright": bright, "first": RewardTerm(brightness, 0.1)}, objective=objective)
