@@ -28,6 +28,10 @@ NAMES = {
     "awm": "AWM",
     "nft": "DiffusionNFT",
     "flow_grpo": "Flow-GRPO",
+    "antithetic": "antithetic pairs",
+    "adaptive": "adaptive churn",
+    "averaged": "rollouts by the average",
+    "together": "all three together",
 }
 
 

@@ -176,16 +176,20 @@ def test_each_of_them_learns(baselines, toy_module, fit, name, churn):
     assert recorder.mean_reward(5) > recorder.epochs[0]["reward/mean"] + 0.05
 
 
-@pytest.mark.parametrize("method", re.search(r"METHODS:-([a-z_ ]+)", (STUDY / "run.sh").read_text())[1].split())
+VARIANTS = {"antithetic", "adaptive", "averaged", "together"}
+METHODS = re.search(r"METHODS:-([a-z_ ]+)", (STUDY / "run.sh").read_text())[1].split()
+
+
+@pytest.mark.parametrize("method", [*METHODS, *sorted(VARIANTS)])
 def test_each_method_of_the_study_is_a_configuration(baselines, monkeypatch, tmp_path, method):
-    """By the files that run.sh names; built as `fit` does, with nothing loaded."""
+    """By the folder's files; built as `fit` does, with nothing loaded."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["lightning-fdfo"])
     files = ["configs/quickstart.yaml", "examples/head_to_head/study.yaml", f"examples/head_to_head/{method}.yaml"]
     words = [word for file in files for word in ("--config", file)]
     model = FDFOCLI([*words, f"--trainer.default_root_dir={tmp_path}"], run=False).model
-    assert (model.algorithm is None) == method.startswith("fdfo")
-    assert model.sampling.antithetic == (method == "fdfo_plus")
+    assert (model.algorithm is None) == (method.startswith("fdfo") or method in VARIANTS)
+    assert model.sampling.antithetic == (method in {"fdfo_plus", "antithetic", "together"})
     assert model.batching.num_pairs == 48
 
 
