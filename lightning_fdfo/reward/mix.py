@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward.base import Metadata
+from lightning_fdfo.reward.base import Metadata, PairReward
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.running_std import RunningStd
@@ -70,6 +70,11 @@ class RewardMix:
             {name: term.time_limit for name, term in self.terms.items()},
         )
 
+    @property
+    def pair_terms(self) -> list[str]:
+        """Names of the terms that compare two images: a score is that of an image beside the other."""
+        return [name for name, reward in self.rewards.items() if isinstance(reward, PairReward)]
+
     # Set-up
 
     def check(self, prompt: str, metadata: Metadata, names: Collection[str] | None = None) -> None:
@@ -111,7 +116,7 @@ class RewardMix:
         routes: Mapping[str, Route] | None = None,
         drop: bool = False,
     ) -> dict[str, Scores]:
-        """Scores a batch, and waits for all scores: see `start`."""
+        """Scores a batch, and waits: see `start`."""
         return self.start(images, prompts, metadata, routes=routes, drop=drop).result()
 
     def start(
@@ -133,7 +138,8 @@ class RewardMix:
             images: [N, 3, H, W], float32 in [0, 1]; not to be changed before all scores are there.
             prompts: N strings.
             metadata: N mappings.
-            routes: name -> which of the images a term sees, see `routing.routes`; None sends all to all.
+            routes: name -> which of the images a term sees, see `routing.routes`; a term that is not in it is left
+                out. None sends all to all.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:

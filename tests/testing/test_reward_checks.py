@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fdfo import Reward
+from lightning_fdfo import PairReward, Reward
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import load_reward
 from lightning_fdfo.testing import ConformanceError, check_reward, reward_checks
@@ -455,3 +455,68 @@ def test_what_no_process_can_import_is_not_asked():
     assert imports(scope["scorer"]) is None
     scope["scorer"].__module__ = "no_such_package.no_such_module"
     assert imports(scope["scorer"]) is None
+
+
+# Rewards that compare two images
+
+
+class Brighter(PairReward):
+    """As good as any."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return (first - second).mean(dim=(1, 2, 3))
+
+
+class FirstImage(PairReward):
+    """Looks at one of them."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return first.mean(dim=(1, 2, 3))
+
+
+class TooSure(Brighter):
+    """Says more than it may."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return 3 * super().__call__(first, second, prompts, metadata)
+
+
+class OnePair(Brighter):
+    """Sees the batch."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return super().__call__(first, second, prompts, metadata)[:1]
+
+
+class Painter(Brighter):
+    """Writes into its arguments."""
+
+    def __call__(self, first, second, prompts, metadata):
+        found = super().__call__(first, second, prompts, metadata)
+        second.zero_()
+        return found
+
+
+class ACost(Brighter):
+    """Turns its sign twice."""
+
+    higher_is_better = False
+
+
+def test_a_pair_reward_keeps_its_contract():
+    check_reward(Brighter())
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (FirstImage, r"says the opposite with the images swapped, where it compares two: got \[.*ask both ways"),
+        (TooSure, "stays in its range"),
+        (OnePair, r"gives one finite number an image, or a pair: expected a tensor of shape \[4\], got \[1\]"),
+        (Painter, "it changed the images"),
+        (ACost, "a PairReward is not differentiable, and higher_is_better: leave both as they are"),
+    ],
+)
+def test_a_pair_reward_that_breaks_it_is_named(reward, message):
+    with pytest.raises(ConformanceError, match=message):
+        check_reward(reward())
