@@ -37,6 +37,7 @@ OFFICIAL = (
     "JPEGSize",
     "OCR",
     "PickScore",
+    "VLMPreference",
     "VLMScore",
 )
 """What `pip install lightning-fdfo-rewards` would bring."""

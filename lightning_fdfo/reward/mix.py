@@ -5,8 +5,7 @@
       small: {reward: {class_path: JPEGSize, init_args: {sign: -1}}, weight: 0.1, scale: std}
       watched: {reward: my_package.my_module.redness, weight: 0}   # scored and logged, not trained on
 
-What a term is: reward/term.py. How images are scored: reward/scorer.py. Which prompts a term is for: reward/routing.py.
-
+A term is in reward/term.py, scoring in reward/scorer.py, which prompts a term is for in reward/routing.py.
 Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 """
 
@@ -130,16 +129,15 @@ class RewardMix:
     ) -> Scoring:
         """Starts to score a batch.
 
-        Terms on the images' device run now, one after the other. The others run meanwhile, and go on after this has
-        returned, in a pool of threads, of which each device has one, and each term on the CPU one of its own. A reward
-        need not stand two calls at a time: the next batch is not to start before this one's `result`.
+        Terms on the images' device run now, one by one. The others run meanwhile, and go on after this has returned,
+        in threads, of which each device has one, and each term on the CPU one of its own. A reward need not stand two
+        calls at a time: the next batch is not to start before this one's `result`.
 
         Args:
             images: [N, 3, H, W], float32 in [0, 1]; not to be changed before all scores are there.
             prompts: N strings.
             metadata: N mappings.
-            routes: name -> which of the images a term sees, see `routing.routes`; a term that is not in it is left
-                out. None sends all to all.
+            routes: name -> which images a term sees, see `routing.routes`; without one it is left out. None: all to all.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:
@@ -147,7 +145,7 @@ class RewardMix:
 
         Raises:
             RewardError: here or in `result`: a reward raised something, took longer than its time limit, or gave
-                another shape, or something else than finite real numbers. A failure is never a score. It names the
+                something else than finite real numbers of the right shape. A failure is never a score. It names the
                 prompt, and `row` says which it is, if the image by itself fails too.
 
         Example:
