@@ -137,7 +137,7 @@ class RewardMix:
             images: [N, 3, H, W], float32 in [0, 1]; not to be changed before all scores are there.
             prompts: N strings.
             metadata: N mappings.
-            routes: name -> which images a term sees, see `routing.routes`; without one it is left out. None: all to all.
+            routes: name -> which images a term sees; without one it is left out. None: all to all.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:

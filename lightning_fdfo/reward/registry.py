@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_fdfo.errors import ConfigurationError, StoppedError
-from lightning_fdfo.reward.base import BaseReward, Scorer
+from lightning_fdfo.reward.base import BaseReward, PairReward, Reward, Scorer
 from lightning_fdfo.reward.function import FunctionReward, read_signature
 
 ENTRY_POINT_GROUP = "lightning_fdfo.rewards"
@@ -92,7 +92,7 @@ def _find(name: str) -> tuple[type[BaseReward] | Scorer, EntryPoint | None]:
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         raise ConfigurationError(_not_importable(name, entry, error)) from error
-    if not (issubclass(found, BaseReward) if isinstance(found, type) else callable(found)):
+    if not (issubclass(found, Reward | PairReward) if isinstance(found, type) else callable(found)):
         raise ConfigurationError(
             f"reward {name!r}: expected a subclass of lightning_fdfo.Reward or PairReward, or a function, got {found!r}"
         )

@@ -83,7 +83,8 @@ def run_checks(
     """The checks one by one, as `check_reward` runs them; those after a fatal one are left out."""
     sample = make_sample(as_reward(reward), prompts, metadata, device, tolerance)
     gradients = torch.is_grad_enabled()
-    for result in examine(CHECKS, sample):
+    more = PAIR_CHECKS if isinstance(sample.reward, PairReward) else ()
+    for result in examine((*CHECKS, *more), sample):
         torch.set_grad_enabled(gradients)  # a reward may have turned them off; one of the checks says so
         yield result
 
@@ -165,9 +166,7 @@ def _stays_in_range(sample: Sample) -> str | None:
 
 
 def _turns_with_the_images(sample: Sample) -> str | None:
-    """Says the opposite with the images swapped, where it compares two."""
-    if not isinstance(sample.reward, PairReward):
-        return None
+    """Says the opposite with the images swapped."""
     if sample.reward.differentiable or not sample.reward.higher_is_better:
         return "a PairReward is not differentiable, and higher_is_better: leave both as they are"
     first, second = sample.arguments(sample.images)
@@ -278,7 +277,6 @@ CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
     (_sets_up, True),
     (_gives_scores, True),
     (_stays_in_range, False),
-    (_turns_with_the_images, False),
     (_leaves_no_gradient, False),
     (_carries_a_gradient, False),
     (_is_deterministic, False),
@@ -288,3 +286,5 @@ CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
     (_pickles_by_configuration, False),
 )
 """Each check, and whether those after it make no sense if it fails."""
+PAIR_CHECKS = ((_turns_with_the_images, False),)
+"""The same, of a `PairReward` alone."""

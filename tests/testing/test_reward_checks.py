@@ -278,14 +278,18 @@ def here(monkeypatch):
             "keeps its state out of the module tree",
             r"must not be an nn\.Module: hold the model in an attribute",
         ),
-        (Shape, "gives one finite number an image", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
-        (Numbers, "gives one finite number an image", r"expected a tensor, got list"),
-        (Half, "gives one finite number an image", r"got \[4\] of torch\.bfloat16; float32 is wanted, or float64"),
-        (Complex, "gives one finite number an image", r"got \[4\] of torch\.complex64; float32 is wanted"),
-        (Leaves, "gives one finite number an image", r"raised SystemExit\(0\)"),
-        (NaN, "gives one finite number an image", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
-        (Meta, "gives one finite number an image", r"expected scores on cpu or the CPU, got them on meta"),
-        (FailsToScore, "gives one finite number an image", r"raised ZeroDivisionError\('by nothing'\)"),
+        (Shape, "gives one finite number an image, or a pair", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
+        (Numbers, "gives one finite number an image, or a pair", r"expected a tensor, got list"),
+        (
+            Half,
+            "gives one finite number an image, or a pair",
+            r"got \[4\] of torch\.bfloat16; float32 is wanted, or float64",
+        ),
+        (Complex, "gives one finite number an image, or a pair", r"got \[4\] of torch\.complex64; float32 is wanted"),
+        (Leaves, "gives one finite number an image, or a pair", r"raised SystemExit\(0\)"),
+        (NaN, "gives one finite number an image, or a pair", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
+        (Meta, "gives one finite number an image, or a pair", r"expected scores on cpu or the CPU, got them on meta"),
+        (FailsToScore, "gives one finite number an image, or a pair", r"raised ZeroDivisionError\('by nothing'\)"),
         (TooHigh, "stays in its range", r"got \[1\.0, .*\], its range says 0\.0 … 0\.9"),
         (TooLow, "stays in its range", r"got \[1\.0, .* 0\.0, 1\.0\], its range says 0\.1 … 2\.0"),
         (BadRange, "stays in its range", r"expected range = \(lowest, highest\), got \(1\.0, -1\.0\)"),
@@ -379,7 +383,7 @@ def test_all_failures_are_told(here):
     [
         (Picky, "accepts the sample's prompts and metadata"),
         (NeverSetUp, "can be set up, and again"),
-        (Shape, "gives one finite number an image"),
+        (Shape, "gives one finite number an image, or a pair"),
     ],
 )
 def test_after_a_fatal_failure_no_check_is_run(here, broken, last):
@@ -510,7 +514,7 @@ def test_a_pair_reward_keeps_its_contract():
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (FirstImage, r"says the opposite with the images swapped, where it compares two: got \[.*ask both ways"),
+        (FirstImage, r"says the opposite with the images swapped: got \[.*ask both ways"),
         (TooSure, "stays in its range"),
         (OnePair, r"gives one finite number an image, or a pair: expected a tensor of shape \[4\], got \[1\]"),
         (Painter, "it changed the images"),
