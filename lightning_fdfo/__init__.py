@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_fdfo.flows.base import FlowModel
     from lightning_fdfo.flows.lora import LoRA
     from lightning_fdfo.module import FDFOModule
-    from lightning_fdfo.reward.base import Reward
+    from lightning_fdfo.reward.base import PairReward, Reward
     from lightning_fdfo.reward.mix import RewardMix
     from lightning_fdfo.settings import Batching, Evaluation, FailurePolicy, Objective, Sampling
 
@@ -24,6 +24,7 @@ __all__ = [
     "FlowModel",
     "LoRA",
     "Objective",
+    "PairReward",
     "PromptDataModule",
     "Reward",
     "RewardMix",
@@ -38,6 +39,7 @@ _LAZY = {
     "FlowModel": "flows.base",
     "LoRA": "flows.lora",
     "Objective": "settings",
+    "PairReward": "reward.base",
     "PromptDataModule": "data",
     "Reward": "reward.base",
     "RewardMix": "reward.mix",

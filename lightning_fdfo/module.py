@@ -125,7 +125,7 @@ class FDFOModule(Unsupported, EvaluationSteps, TrainedState):
         self.batch: TrajectoryPoints | None = None
         """The one that was trained on last."""
         self.base: BaseWeights | None = None
-        """The base model, where it is at hand: with a LoRA, and in a `test` that compares with it."""
+        """The base model, where it is at hand: with a LoRA, and where evaluation compares with it."""
         self._prompts: list[Prompt] = []
         self._is_loaded = False
         self._loaded_file: Path | None = None  # the LoRA file that it was loaded with
@@ -200,7 +200,8 @@ class FDFOModule(Unsupported, EvaluationSteps, TrainedState):
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             parallelize(self.flow.transformer, self.flow.blocks, self.device_mesh)
-        if has_lora(self.flow.transformer) or (self._command == TrainerFn.TESTING and self.evaluation.base):
+        compares = (self._command == TrainerFn.TESTING and self.evaluation.base) or self.evaluator.needs_base
+        if has_lora(self.flow.transformer) or compares:
             self.base = BaseWeights(self.flow.transformer)
         self._is_loaded, self._loaded_file = True, self.lora_file
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.base import BaseReward
 from lightning_fdfo.reward.origin import made_with, source_of
 from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.schedules import ChurnSchedule
@@ -80,7 +80,7 @@ def _term_record(term: RewardTerm) -> dict[str, Any]:
     if isinstance(reward, functools.partial):
         options = reward.keywords
         reward = reward.func
-    elif isinstance(reward, Reward):  # not its attributes, which scoring may change
+    elif isinstance(reward, BaseReward):  # not its attributes, which scoring may change
         options = made_with(reward)
         reward = source_of(reward)
     else:

@@ -23,7 +23,7 @@ from lightning_fdfo.commands.option_values import parse_device, parse_init_args,
 from lightning_fdfo.commands.score_folder import output_form, score_folder, write_scores
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import read_prompts
-from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.base import BaseReward, PairReward
 from lightning_fdfo.reward.function import FunctionReward
 from lightning_fdfo.reward.registry import available_rewards, load_reward, load_reward_class
 from lightning_fdfo.testing.reward_checks import run_checks
@@ -37,6 +37,7 @@ OFFICIAL = (
     "JPEGSize",
     "OCR",
     "PickScore",
+    "VLMPreference",
     "VLMScore",
 )
 """What `pip install lightning-fdfo-rewards` would bring."""
@@ -109,7 +110,7 @@ def _listing(name: str, entry: EntryPoint) -> Listing:
     except ConfigurationError as error:
         warnings.warn(str(error), stacklevel=3)
         return Listing(name, distribution, ("", "", "", "cannot be loaded: see the warning"), ())
-    cls: type[Reward] = found if isinstance(found, type) else FunctionReward
+    cls: type[BaseReward] = found if isinstance(found, type) else FunctionReward
     low, high = cls.range
     needs = cls.needs or ", ".join(f'metadata "{key}"' for key in cls.required_metadata) or "nothing"
     weights = "\n".join(dict.fromkeys(f"{part.source} ({part.licence})" for part in cls.hub_files))
@@ -118,7 +119,7 @@ def _listing(name: str, entry: EntryPoint) -> Listing:
         name,
         distribution,
         (
-            f"{low:g} … {high:g}",
+            f"{low:g} … {high:g}{' of a pair' if issubclass(cls, PairReward) else ''}",
             needs,
             weights or cls.packaged_weights or "none",
             "to fetch" if commands else "yes",
@@ -135,6 +136,7 @@ def score(
     *,
     reward: list[str],
     prompts: Path | None = None,
+    against: Path | None = None,
     format: Literal["table", "csv", "json"] | None = None,
     output: Path | None = None,
     device: str = "cpu",
@@ -147,13 +149,14 @@ def score(
         reward: a name, a dotted path, or as in a configuration:
             '{new: {reward: {class_path: HPSv2, init_args: …}}}'; may come several times
         prompts: a .txt with a line per image, or a .jsonl that names its `image`s
+        against: a folder with images of the same names, for rewards that compare two: 1 is won against it, 0 lost
         format: table (default), csv or json
         output: a new .csv or .json; otherwise standard output
         device: of rewards that have none of their own
         batch_size: images at once
     """
     form = output_form(format, output)
-    rows = score_folder(folder, parse_rewards(reward), prompts, device=device, batch_size=batch_size)
+    rows = score_folder(folder, parse_rewards(reward), prompts, device=device, batch_size=batch_size, against=against)
     write_scores(rows, form, output)
 
 

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from lightning_fdfo.commands.option_values import parse_device
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import NO_TEXT, Prompt, read_prompts
+from lightning_fdfo.reward.against import score_against
 from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.routing import routes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -36,7 +38,13 @@ class Row(NamedTuple):
 
 
 def score_folder(
-    folder: Path, rewards: Mapping[str, Any], prompts_file: Path | None, *, device: str, batch_size: int
+    folder: Path,
+    rewards: Mapping[str, Any],
+    prompts_file: Path | None,
+    *,
+    device: str,
+    batch_size: int,
+    against: Path | None = None,
 ) -> list[Row]:
     """Scores all images of a folder.
 
@@ -45,6 +53,7 @@ def score_folder(
         rewards: a mixture; its weights mean nothing here.
         prompts_file: a line per image, in the order of their names; objects of a .jsonl may name their `image`.
         device: for rewards that have none of their own.
+        against: a folder with images of the same names and sizes, for rewards that compare two images.
         batch_size: images at once; those of one size go together.
 
     Returns:
@@ -60,6 +69,8 @@ def score_folder(
     chosen = parse_device(device)
     mix = RewardMix(rewards)
     files = _image_files(folder)
+    image_terms = [name for name in mix.terms if name not in mix.pair_terms]
+    _check_against(files, against, mix.pair_terms)
     prompts = _prompts(files, prompts_file, mix)
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, file in enumerate(files):
@@ -71,12 +82,33 @@ def score_folder(
         for indices in _batches(by_size, batch_size):
             texts, metadata = [prompts[i].text for i in indices], [prompts[i].metadata for i in indices]
             images = torch.stack([_read_image(files[i]) for i in indices]).to(chosen)
-            scores = mix(images, texts, metadata)
+            scores = mix(images, texts, metadata, routes=routes(image_terms, metadata))
+            if against is not None:
+                others = torch.stack([_read_image(against / files[i].name) for i in indices]).to(chosen)
+                scores |= score_against(mix, mix.pair_terms, images, others, texts, metadata)
             for place, index in enumerate(indices):
                 own = {name: score.values[place].item() for name, score in scores.items()}
                 rows[index] = Row(files[index].name, texts[place], own)
             bar.update(len(indices))
     return [rows[index] for index in range(len(files))]
+
+
+def _check_against(files: Sequence[Path], against: Path | None, pair_terms: Sequence[str]) -> None:
+    """Raises ConfigurationError unless there is another image for each, where and only where one is asked for."""
+    if against is None:
+        if pair_terms:
+            raise ConfigurationError(
+                f"reward {pair_terms[0]!r} compares two images: give --against FOLDER, with images of the same names"
+            )
+        return
+    if not pair_terms:
+        raise ConfigurationError(f"--against {against}: no reward here compares two images; leave it out")
+    for file in files:
+        other = against / file.name
+        if not other.is_file():
+            raise ConfigurationError(f"--against {against}: expected an image named {file.name} there as well")
+        if _size(other) != _size(file):
+            raise ConfigurationError(f"{other} is of another size than {file}: expected the same")
 
 
 def _image_files(folder: Path) -> list[Path]:

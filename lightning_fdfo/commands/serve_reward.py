@@ -22,9 +22,9 @@ from lightning_fdfo.commands.option_values import parse_device, parse_init_args
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_loopback, read_token
 from lightning_fdfo.remote.listener import bind, run_server
-from lightning_fdfo.remote.protocol import Limits
+from lightning_fdfo.remote.protocol import Description, Limits
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
-from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.base import BaseReward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.registry import load_reward
 from lightning_fdfo.reward.term import RewardTerm
@@ -90,7 +90,7 @@ def serve(
         mix = load_mix(name, options, device)
         description = describe_reward(name, mix.rewards[name], limits, _configuration(mix.rewards[name], options))
         app = create_app(RewardService(mix, description, token, max_waiting))
-        run_server(app, listener, _announcement(name, host, listener.getsockname()[1]))
+        run_server(app, listener, _announcement(description, host, listener.getsockname()[1]))
 
 
 def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
@@ -101,17 +101,18 @@ def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
     return mix
 
 
-def _announcement(name: str, host: str, port: int) -> str:
+def _announcement(description: Description, host: str, port: int) -> str:
     """What is served, and the YAML to paste."""
     reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    term = {"class_path": "lightning_fdfo.remote.RemoteReward", "init_args": {"url": url, "reward": name}}
+    name, kind = description.reward, "RemotePairReward" if description.compares else "RemoteReward"
+    term = {"class_path": f"lightning_fdfo.remote.{kind}", "init_args": {"url": url, "reward": name}}
     terms = {name.rpartition(".")[2]: {"reward": term, "weight": 1}}
     text = yaml.safe_dump(terms, default_flow_style=True, sort_keys=False, width=1000)
     return f"serving {name} at {url}, for model.rewards: {text.strip()[1:-1]}"
 
 
-def _configuration(reward: Reward, init_args: Mapping[str, Any]) -> str:
+def _configuration(reward: BaseReward, init_args: Mapping[str, Any]) -> str:
     """Options, and the version of the distribution that the class comes from."""
     module = type(reward).__module__.partition(".")[0]
     versions = {name: version(name) for name in packages_distributions().get(module, [])}

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.prompts import IndexedPrompt, Prompt
+from lightning_fdfo.reward.against import score_against
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import is_for, routes
 from lightning_fdfo.reward.scores import Scores
@@ -36,6 +37,7 @@ class Evaluated(Protocol):
     evaluation: Evaluation
     failures: FailurePolicy
     seed: int
+    base: BaseWeights | None
 
 
 class Evaluator:
@@ -59,6 +61,8 @@ class Evaluator:
         """What the last `test` has computed."""
         self._unscored: set[str] = set()
         self._encoded: dict[tuple[object, ...], Conditioning] = {}
+        self._base_images: dict[tuple[object, ...], Tensor] = {}
+        """By the base model, of the batches that validations repeat, in 8 bits."""
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
         names = [name for mixture in self.mixtures for name in mixture.terms]
@@ -70,6 +74,16 @@ class Evaluator:
     def mixtures(self) -> list[RewardMix]:
         """The rewards, and the metrics if there are any."""
         return [self.module.rewards] if self.metrics is None else [self.module.rewards, self.metrics]
+
+    @property
+    def pair_terms(self) -> list[list[str]]:
+        """Of each mixture, the names of the terms that compare the tuned model's images with the base's."""
+        return [[name for name in mix.pair_terms if mix.rewards[name].validates] for mix in self.mixtures]  # type: ignore[attr-defined]
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a term compares with the base model's images, in validation too."""
+        return any(self.pair_terms)
 
     def fetch(self, test: bool) -> None:
         """Finds the files that rewards, metrics and, for `test`, the embedder need; fetches what is missing."""
@@ -86,6 +100,7 @@ class Evaluator:
     def expect(self, prompts: Iterable[Prompt]) -> None:
         """Takes the prompts to come: a name that none of them goes to gets no numbers."""
         self._encoded.clear()
+        self._base_images.clear()
         metadata = [prompt.metadata for prompt in prompts]
         names = [name for mixture in self.mixtures for name in mixture.terms]
         self._unscored = {name for name in names if not any(is_for(name, row) for row in metadata)}
@@ -97,11 +112,14 @@ class Evaluator:
 
     def encode_once(self, batch: Sequence[IndexedPrompt]) -> Conditioning:
         """The same, kept for the next validation, which has the same batches."""
-        scale = self.module.sampling.guidance_scale
-        key = (scale, *((row.prompt.text, row.prompt.negative) for row in batch))
+        key = self._key(batch)
         if key not in self._encoded:
             self._encoded[key] = self.encode(batch)
         return self._encoded[key]
+
+    def _key(self, batch: Sequence[IndexedPrompt]) -> tuple[object, ...]:
+        """Of a batch that validations repeat."""
+        return self.module.sampling.guidance_scale, *((row.prompt.text, row.prompt.negative) for row in batch)
 
     def generate(
         self, batch: Sequence[IndexedPrompt], device: torch.device, conditioning: Conditioning | None = None
@@ -124,27 +142,38 @@ class Evaluator:
             conditioning=conditioning,
         )
 
-    def score(self, images: Tensor, batch: Sequence[IndexedPrompt], epoch: int) -> dict[str, Scores]:
+    def score(
+        self, images: Tensor, batch: Sequence[IndexedPrompt], epoch: int, base_images: Tensor | None = None
+    ) -> dict[str, Scores]:
         """Scores of all rows, by name.
 
         The total, `reward`, is left out while a term's deviation is not known yet, and a name that no expected prompt
         goes to.
+
+        Args:
+            images: [N, 3, H, W].
+            batch: N rows.
+            epoch: whose weights the total has.
+            base_images: by the base model, [N, 3, H, W]: a `PairReward` says whether an image wins against them, 1, or
+                loses, 0. None leaves those terms out.
         """
         texts, metadata = [row.prompt.text for row in batch], [row.prompt.metadata for row in batch]
-        rewards, *metrics = (
-            mix(images, texts, metadata, routes=routes(mix.terms, metadata), drop=self.module.failures.drops_pairs)
-            for mix in self.mixtures
-        )
-        total = {"reward": self.module.rewards.total(rewards, epoch)} if self.module.rewards.scales_known else {}
-        scores = total | rewards | (metrics[0] if metrics else {})
-        return {name: value for name, value in scores.items() if name not in self._unscored}
+        drop, scores = self.module.failures.drops_pairs, []
+        for mix, pair_terms in zip(self.mixtures, self.pair_terms, strict=True):
+            own = routes([name for name in mix.terms if name not in mix.pair_terms], metadata)
+            found = mix(images, texts, metadata, routes=own, drop=drop)
+            if base_images is not None and pair_terms:
+                found |= score_against(mix, pair_terms, images, base_images, texts, metadata, drop=drop)
+            scores.append(found)
+        return self._with_total(scores, epoch)
 
-    def evaluate(
-        self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int, conditioning: Conditioning
-    ) -> GeneratedImages:
-        """Images of all rows, and their scores."""
-        images = self.generate(batch, device, conditioning)
-        return GeneratedImages(images, self.score(images, batch, epoch))
+    def _with_total(self, scores: Sequence[dict[str, Scores]], epoch: int) -> dict[str, Scores]:
+        """Scores of the mixture and of the metrics, with the total before them."""
+        rewards, *metrics = scores
+        known = self.module.rewards.scales_known and rewards
+        total = {"reward": self.module.rewards.total(rewards, epoch)} if known else {}
+        found = total | rewards | (metrics[0] if metrics else {})
+        return {name: value for name, value in found.items() if name not in self._unscored}
 
     def validate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> dict[str, Any]:
         """The rows that count.
@@ -152,7 +181,8 @@ class Evaluator:
         Returns:
             `images` [N, 3, H, W] on the CPU, `prompts`, and `scores`: name -> `Scores`, float32; see `score`.
         """
-        images, scores = self.evaluate(batch, device, epoch, self.encode_once(batch))
+        images = self.generate(batch, device, self.encode_once(batch))
+        scores = self.score(images, batch, epoch, self._base_images_once(batch, device) if self.needs_base else None)
         prompts = [row.prompt.text for row in batch if row.counted]
         count = len(prompts)  # the others come last
         return {
@@ -160,6 +190,15 @@ class Evaluator:
             "prompts": prompts,
             "scores": {name: score.select(slice(count)).rounded() for name, score in scores.items()},
         }
+
+    def _base_images_once(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
+        """The base model's images of a batch, kept for the next validation, which has the same."""
+        key = self._key(batch)
+        if key not in self._base_images:
+            with cast(BaseWeights, self.module.base).in_place():
+                images = self.generate(batch, device, self.encode_once(batch))
+            self._base_images[key] = (images * 255).round().byte().cpu()
+        return self._base_images[key].to(device).float() / 255
 
     def check_repeats(self, images_per_prompt: int) -> None:
         """Raises ConfigurationError if `test` generates too few images per prompt to tell how diverse they are."""
@@ -194,11 +233,14 @@ class Evaluator:
     def compare(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> None:
         """Adds a batch: images of the tuned model and, from the same latents, of the base."""
         conditioning = self.encode(batch)
-        tuned, untuned = self.evaluate(batch, device, epoch, conditioning), None
+        images, base_images, base = self.generate(batch, device, conditioning), None, None
         if self._base is not None:
             with self._base.in_place():
-                untuned = self.evaluate(batch, device, epoch, conditioning)
-        self._started().update([row.prompt_index for row in batch if row.counted], tuned, untuned)
+                base_images = self.generate(batch, device, conditioning)
+        tuned = GeneratedImages(images, self.score(images, batch, epoch, base_images))
+        if base_images is not None:
+            base = GeneratedImages(base_images, self.score(base_images, batch, epoch, images))
+        self._started().update([row.prompt_index for row in batch if row.counted], tuned, base)
 
     def finish_comparison(self) -> list[MetricRow]:
         """Computes `rows` over all devices; each device must call it."""

@@ -65,6 +65,8 @@ def _ties(name: str, epoch_scores: EpochScores, rewards: RewardMix) -> str | Non
     if share <= MANY_TIES:
         return None
     found = f"{int(ties.sum()) // 2} of {len(ties) // 2} pairs score alike, and teach nothing"
+    if name in rewards.pair_terms:
+        return f"reward {name}: {int(ties.sum()) // 2} of {len(ties) // 2} pairs are a tie to it, and teach nothing"
     cause = _cause(epoch_scores.scores[name].values[compared], epoch_scores.distance[compared], ties)
     return f"reward {name}: {found}: {cause}"
 

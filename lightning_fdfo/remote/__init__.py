@@ -1,4 +1,4 @@
-"""Rewards that live in another environment or on another machine: `RemoteReward`, and the server behind it.
+"""Rewards that live in another environment or on another machine: `RemoteReward`, `RemotePairReward`, and the server.
 
 They need an extra: `pip install 'lightning-fdfo[remote]'`.
 """
@@ -13,7 +13,7 @@ try:
     import tenacity  # noqa: F401
     import uvicorn  # noqa: F401
 
-    from lightning_fdfo.remote.remote_reward import RemoteReward
+    from lightning_fdfo.remote.remote_reward import RemotePairReward, RemoteReward
 except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
@@ -21,4 +21,4 @@ except ModuleNotFoundError as error:
         f"remote rewards need {error.name}, which is not installed: pip install 'lightning-fdfo[remote]'"
     ) from error
 
-__all__ = ["RemoteReward"]
+__all__ = ["RemotePairReward", "RemoteReward"]

@@ -64,6 +64,9 @@ class Description(BaseModel, frozen=True):
     range: tuple[float, float]
     higher_is_better: bool
     required_metadata: tuple[str, ...]
+    compares: bool
+    """whether it is a `PairReward`: images come in pairs then, rows 2i and 2i+1, each with the pair's prompt, and a
+    score is (1 + preference) / 2"""
     checks_prompts: bool
     """whether it looks at prompts by itself, beyond `required_metadata`"""
     limits: Limits

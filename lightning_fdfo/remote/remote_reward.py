@@ -1,4 +1,4 @@
-"""RemoteReward: a reward that another process computes, behind `lightning-fdfo serve-reward`."""
+"""RemoteReward and RemotePairReward: rewards that another process computes, behind `lightning-fdfo serve-reward`."""
 
 from __future__ import annotations
 
@@ -26,40 +26,14 @@ from lightning_fdfo.remote.protocol import (
     check_metadata,
     to_json,
 )
-from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.base import BaseReward, Metadata, PairReward, Reward
 
 
-class RemoteReward(Reward):
-    """A reward that lives in another environment or on another machine.
-
-    Before any model is loaded it asks the server what it serves: range, sign and needed metadata are those of the
-    reward there, and prompts are checked by it. A batch that is more than the server takes goes in several requests.
-
-    With `LIGHTNING_FDFO_TOKEN` in the environment, each request carries that token, to whatever host `url` names.
-
-    Args:
-        url: of the server, as it prints it: `http://HOST:PORT`.
-        reward: the name that is expected there; None takes what is served.
-        timeout: > 0; seconds for one call, with waiting for others' calls.
-        attempts: >= 1; how often a call is tried that had no connection, no answer in time, or status 429 or 5xx.
-        backoff: >= 0; seconds before the second attempt; they double each time, up to 30, and by chance last up to half
-            as long again.
-        encoding: of images: `safetensors`, float32, exact to the bit; or `png`, a fraction of the size, in 8 bits a
-            channel: exact for a reward that rounds to 8 bits itself, as `OCR` and `JPEGSize` do.
-
-    Raises:
-        ConfigurationError: options out of range; in `fetch` and `check`: no server, another token, schema or reward.
-
-    Example:
-        >>> RemoteReward("http://127.0.0.1:8765", reward="OCR").timeout
-        120.0
-        >>> RemoteReward("host")
-        Traceback (most recent call last):
-        ...
-        lightning_fdfo.errors.ConfigurationError: RemoteReward: expected a url like http://127.0.0.1:8765, got 'host'
-    """
+class _Remote(BaseReward):
+    """What is the same of both kinds: the server is asked what it serves, and scores images."""
 
     device = "cpu"
+    _compares = False
     _description: Description | None = None
     _failure: ConfigurationError | None = None
     _client: Client | None = None
@@ -76,11 +50,11 @@ class RemoteReward(Reward):
         _check_url(url)
         if not 0 < timeout < math.inf or attempts < 1 or not 0 <= backoff < math.inf:
             raise ConfigurationError(
-                "RemoteReward: expected timeout > 0, attempts >= 1 and backoff >= 0, "
+                f"{type(self).__name__}: expected timeout > 0, attempts >= 1 and backoff >= 0, "
                 f"got {timeout}, {attempts} and {backoff}"
             )
         if encoding not in get_args(Encoding):
-            raise ConfigurationError(f"RemoteReward: expected encoding safetensors or png, got {encoding!r}")
+            raise ConfigurationError(f"{type(self).__name__}: expected encoding safetensors or png, got {encoding!r}")
         self.url = url.rstrip("/")
         self.reward = reward
         self.timeout = timeout
@@ -146,6 +120,10 @@ class RemoteReward(Reward):
             )
         if self.reward is not None and description.reward != self.reward:
             raise ConfigurationError(f"{self.url}: expected the reward {self.reward}, it serves {description.reward!r}")
+        if description.compares != self._compares:
+            other = "RemotePairReward" if description.compares else "RemoteReward"
+            what = "compares two images" if description.compares else "scores single images"
+            raise ConfigurationError(f"{self.url}: {description.reward} {what}: use lightning_fdfo.remote.{other}")
         return description
 
     def check(self, prompt: str, metadata: Metadata) -> None:
@@ -164,8 +142,8 @@ class RemoteReward(Reward):
 
     # Scores
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
-        """Scores a batch; see `Reward.__call__`.
+    def _score_all(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Scores a batch, in as many requests as it takes.
 
         Raises:
             RemoteError: after the last attempt, or at once if the server refuses the batch.
@@ -177,13 +155,17 @@ class RemoteReward(Reward):
     def _most_images(self, images: Tensor) -> int:
         """How many images of this size the server takes at once."""
         limits, pixels = self._described().limits, images.shape[-2] * images.shape[-1]
-        most = min(limits.max_batch, limits.max_pixels // pixels, limits.max_body // (12 * pixels))
-        if most < 1:
+        most, each = (
+            min(limits.max_batch, limits.max_pixels // pixels, limits.max_body // (12 * pixels)),
+            1 + self._compares,
+        )
+        if most < each:
             raise RemoteError(
-                f"{self.url}: an image of {pixels} pixels is more than it takes: start it with a larger --max_pixels "
-                f"or --max_body, which are {limits.max_pixels} and {limits.max_body}"
+                f"{self.url}: {'a pair of images' if each == 2 else 'an image'} of {pixels} pixels is more than it "
+                f"takes: start it with larger --max_batch, --max_pixels or --max_body, which are {limits.max_batch}, "
+                f"{limits.max_pixels} and {limits.max_body}"
             )
-        return most
+        return most // each * each
 
     def _score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         request = ScoreRequest(
@@ -207,6 +189,67 @@ class RemoteReward(Reward):
         if self._client is None:
             self._client = Client(self.url, self.timeout, self.attempts, self.backoff)
         return self._client.ask(method, path, body)
+
+
+class RemoteReward(_Remote, Reward):
+    """A reward that lives in another environment or on another machine.
+
+    Before any model is loaded it asks the server what it serves: range, sign and needed metadata are those of the
+    reward there, and prompts are checked by it. A batch that is more than the server takes goes in several requests.
+
+    With `LIGHTNING_FDFO_TOKEN` in the environment, each request carries that token, to whatever host `url` names.
+
+    Args:
+        url: of the server, as it prints it: `http://HOST:PORT`.
+        reward: the name that is expected there; None takes what is served.
+        timeout: > 0; seconds for one call, with waiting for others' calls.
+        attempts: >= 1; how often a call is tried that had no connection, no answer in time, or status 429 or 5xx.
+        backoff: >= 0; seconds before the second attempt; they double each time, up to 30, and by chance last up to half
+            as long again.
+        encoding: of images: `safetensors`, float32, exact to the bit; or `png`, a fraction of the size, in 8 bits a
+            channel: exact for a reward that rounds to 8 bits itself, as `OCR` and `JPEGSize` do.
+
+    Raises:
+        ConfigurationError: options out of range; in `fetch` and `check`: no server, another token, schema or reward.
+
+    Example:
+        >>> RemoteReward("http://127.0.0.1:8765", reward="OCR").timeout
+        120.0
+        >>> RemoteReward("host")
+        Traceback (most recent call last):
+        ...
+        lightning_fdfo.errors.ConfigurationError: RemoteReward: expected a url like http://127.0.0.1:8765, got 'host'
+    """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Scores a batch; see `Reward.__call__`.
+
+        Raises:
+            RemoteError: after the last attempt, or at once if the server refuses the batch.
+        """
+        return self._score_all(images, prompts, metadata)
+
+
+class RemotePairReward(_Remote, PairReward):  # type: ignore[override]
+    """The same for a reward that compares two images: see `RemoteReward` for its options.
+
+    Example:
+        >>> RemotePairReward("http://127.0.0.1:8765", reward="VLMPreference").attempts
+        5
+    """
+
+    _compares = True
+
+    def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Compares a batch of pairs; see `PairReward.__call__`.
+
+        Raises:
+            RemoteError: after the last attempt, or at once if the server refuses the batch.
+        """
+        twice = [(text, row) for text, row in zip(prompts, metadata, strict=True) for _ in range(2)]
+        images = torch.stack([first, second], dim=1).flatten(0, 1)
+        scores = self._score_all(images, [text for text, _ in twice], [row for _, row in twice])
+        return 2 * scores[::2] - 1
 
 
 def _check_url(url: str) -> None:

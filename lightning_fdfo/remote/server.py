@@ -26,7 +26,7 @@ from lightning_fdfo.remote.protocol import (
     Scores,
     parse_prompts,
 )
-from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.base import BaseReward, PairReward
 from lightning_fdfo.reward.mix import RewardMix
 
 MAX_UPLOAD_SECONDS = 300.0
@@ -35,7 +35,7 @@ MAX_UPLOAD_SECONDS = 300.0
 Result = TypeVar("Result")
 
 
-def describe_reward(name: str, reward: Reward, limits: Limits, configuration: str = "") -> Description:
+def describe_reward(name: str, reward: BaseReward, limits: Limits, configuration: str = "") -> Description:
     """What a server says of its reward.
 
     Args:
@@ -51,7 +51,8 @@ def describe_reward(name: str, reward: Reward, limits: Limits, configuration: st
         range=(low, high),
         higher_is_better=reward.higher_is_better,
         required_metadata=tuple(reward.required_metadata),
-        checks_prompts=type(reward).check is not Reward.check,
+        compares=isinstance(reward, PairReward),
+        checks_prompts=type(reward).check is not BaseReward.check,
         limits=limits,
         fingerprint=hashlib.sha256(repr(facts).encode()).hexdigest(),
     )
@@ -137,6 +138,8 @@ class RewardService:
     def _score(self, body: bytes) -> Scores:
         request, images = decode_request(body, self.description.limits)
         self._compare(request)
+        if self.description.compares and len(images) % 2:
+            raise RefusalError(400, f"{self.description.reward} compares two images: expected pairs, got {len(images)}")
         (scores,) = self.mix(images, request.prompts, request.metadata).values()
         return Scores(scores=scores.values.tolist())
 

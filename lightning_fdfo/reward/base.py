@@ -1,4 +1,4 @@
-"""The contract of a reward: a class that scores images."""
+"""The contracts of rewards: a class that scores images, and one that says which of two images is better."""
 
 from __future__ import annotations
 
@@ -17,24 +17,16 @@ Scorer = Callable[..., Tensor]
 """A plain function as a reward: `(images, prompts, metadata, **options) -> [N]`."""
 
 
-class Reward(ABC):
-    """Scores images. Not an nn.Module: it stays out of state_dict, DDP and sharding.
+class BaseReward:
+    """What `Reward` and `PairReward` share. Not an nn.Module: it stays out of state_dict, DDP and sharding.
 
     `__init__` stores options, as public attributes, and imports nothing heavy. `setup` loads what they name, once, into
     attributes that start with an underscore. So a reward pickles by its configuration: underscored attributes are left
     out, and the copy is set up again where it arrives. `lightning_fdfo.testing.check_reward` checks all of it.
-
-    Example:
-        >>> class Brightness(Reward):
-        ...     range = (0.0, 1.0)
-        ...     def __call__(self, images, prompts, metadata):
-        ...         return images.mean(dim=(1, 2, 3))
-        >>> Brightness()(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
-        tensor([1., 1.])
     """
 
     range: tuple[float, float] = (float("-inf"), float("inf"))
-    """Lowest and highest score that can come, with the options' defaults; an instance may have its own."""
+    """Lowest and highest number that can come, with the options' defaults; an instance may have its own."""
     higher_is_better: bool = True
     """False for a cost: a mixture then turns its sign, so that a positive weight always asks for better images."""
     required_metadata: tuple[str, ...] = ()
@@ -66,7 +58,7 @@ class Reward(ABC):
         for files in self.hub_files:
             files.fetch()
 
-    def setup(self, device: torch.device) -> None:  # noqa: B027 - a reward without weights has nothing to set up
+    def setup(self, device: torch.device) -> None:
         """Loads weights onto `device`, once; called before the first score, perhaps more than once."""
 
     def check(self, prompt: str, metadata: Metadata) -> None:
@@ -78,6 +70,27 @@ class Reward(ABC):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many of some prompts are longer than it reads; asked once, after `setup`, so that a run can warn."""
         return 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy: its public attributes only, without the arguments that the original was made with."""
+        self.__dict__ = dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its configuration: public attributes only."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+class Reward(BaseReward, ABC):
+    """Scores images.
+
+    Example:
+        >>> class Brightness(Reward):
+        ...     range = (0.0, 1.0)
+        ...     def __call__(self, images, prompts, metadata):
+        ...         return images.mean(dim=(1, 2, 3))
+        >>> Brightness()(torch.ones(2, 3, 8, 8), ["a", "b"], [{}, {}])
+        tensor([1., 1.])
+    """
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
@@ -96,10 +109,39 @@ class Reward(ABC):
             pair's scores are subtracted; integers and bool (as 0 and 1) count as numbers, complex ones do not.
         """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy: its public attributes only, without the arguments that the original was made with."""
-        self.__dict__ = dict(state)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Its configuration: public attributes only."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+class PairReward(BaseReward, ABC):
+    """Says which of two images of a prompt is better, for judges that compare: a person, a model that sees both.
+
+    In a mixture it is a term as any other: the half difference of a pair is half of its preference. In validation and
+    `test` it compares an image with the base model's from the same latents, and its mean is a win rate.
+
+    Example:
+        >>> class Brighter(PairReward):
+        ...     def __call__(self, first, second, prompts, metadata):
+        ...         return (first.mean(dim=(1, 2, 3)) - second.mean(dim=(1, 2, 3))).sign()
+        >>> Brighter()(torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), ["a cat"], [{}])
+        tensor([1.])
+    """
+
+    range: tuple[float, float] = (-1.0, 1.0)
+    validates: bool = True
+    """Whether it also compares images in validation and `test`, with the base model's; False for a judge whose time is
+    for training."""
+
+    @abstractmethod
+    def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Compares a batch of pairs.
+
+        It should leave its arguments as they are, as `Reward.__call__`.
+
+        Args:
+            first: [P, 3, H, W], float32 in [0, 1], on the device of `setup`.
+            second: [P, 3, H, W], of the same prompts.
+            prompts: P strings.
+            metadata: P mappings.
+
+        Returns:
+            [P], in [-1, 1], on the images' device or the CPU: above 0 where the first image is better, 0 for a tie.
+            With the images swapped it is to be the opposite.
+        """

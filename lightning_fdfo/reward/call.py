@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError, RewardError, StoppedError
-from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.base import BaseReward, Metadata, PairReward, Reward
 from lightning_fdfo.reward.origin import check_command, describe
 from lightning_fdfo.reward.waiting import reported
 
 
-def check_prompt(name: str, reward: Reward, prompt: str, metadata: Metadata) -> None:
+def check_prompt(name: str, reward: BaseReward, prompt: str, metadata: Metadata) -> None:
     """Raises ConfigurationError if a reward cannot score this prompt."""
     with guarded(name, reward, "cannot check a prompt", "it checks a prompt"):
         reward.check(prompt, own_metadata(metadata))
@@ -28,7 +29,7 @@ def check_prompt(name: str, reward: Reward, prompt: str, metadata: Metadata) -> 
 @torch.no_grad()  # here, because a thread has a grad mode of its own
 def score_images(
     name: str,
-    reward: Reward,
+    reward: BaseReward,
     device: torch.device,
     images: Tensor,
     prompts: Sequence[str],
@@ -36,11 +37,14 @@ def score_images(
 ) -> Tensor:
     """One reward's scores, held to the contract.
 
+    A `PairReward` scores an image by (1 + preference) / 2 over the pair's other one: 1 is won, 1/2 a tie, 0 lost. The
+    half difference of two such scores is half of the preference.
+
     Args:
         name: of the term.
         reward: set up on `device`.
         device: to which the reward's own copy of the images goes.
-        images: [N, 3, H, W], on any device.
+        images: [N, 3, H, W], on any device; for a `PairReward` rows 2i and 2i+1 are pair i.
         prompts: N strings.
         metadata: N mappings.
 
@@ -48,27 +52,45 @@ def score_images(
         [N], float64, on the CPU: float32 would round 1e8 + 1 and 1e8 + 2 to the same number.
 
     Raises:
-        RewardError: it raised something, or gave something else than N real numbers within float32's range.
+        RewardError: it raised something, or gave something else than N real numbers within float32's range; of a
+            `PairReward`, N / 2 in [-1, 1].
+        ValueError: an odd number of images for a `PairReward`.
     """
+    if len(images) % images_per_score(reward):
+        raise ValueError(f"reward {name!r} compares two images: expected pairs, got {len(images)} images")
     with _calling(name, reward, device, f"it scores {len(images)} images on {device}"):
         own = images.to(device, copy=True)
-        given = torch.as_tensor(reward(own, list(prompts), [own_metadata(row) for row in metadata])).detach()
+        given = torch.as_tensor(_ask(reward, own, list(prompts), [own_metadata(row) for row in metadata])).detach()
         if given.is_complex():
             raise _failure(name, reward, f"expected real numbers, got {_dtype(given)}")
         score = given.cpu().to(torch.float64, copy=True)  # its own: a reward may use its buffer again
-    if score.shape != (len(images),):
-        raise _failure(name, reward, f"expected [{len(images)}] scores, got shape {list(score.shape)}")
-    finite = score.float().isfinite()  # differences train in float32
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise _failure(name, reward, f"score {score[row].item()} for prompt {prompts[row]!r}")
-    return score
+    each, what = images_per_score(reward), "preferences" if isinstance(reward, PairReward) else "scores"
+    if score.shape != (len(images) // each,):
+        raise _failure(name, reward, f"expected [{len(images) // each}] {what}, got shape {list(score.shape)}")
+    fine = score.float().isfinite()  # differences train in float32
+    if isinstance(reward, PairReward):
+        fine &= score.abs() <= 1
+    if not bool(fine.all()):
+        row = int((~fine).nonzero()[0])
+        raise _failure(name, reward, f"{what[:-1]} {score[row].item()} for prompt {prompts[each * row]!r}")
+    return (1 + torch.stack([score, -score], dim=1).flatten()) / 2 if isinstance(reward, PairReward) else score
+
+
+def images_per_score(reward: BaseReward) -> int:
+    """How many images it takes to ask a reward: two of a `PairReward`, else one."""
+    return 2 if isinstance(reward, PairReward) else 1
+
+
+def _ask(reward: BaseReward, images: Tensor, prompts: list[str], metadata: list[Metadata]) -> Tensor:
+    if isinstance(reward, PairReward):
+        return reward(images[::2].contiguous(), images[1::2].contiguous(), prompts[::2], metadata[::2])
+    return cast(Reward, reward)(images, prompts, metadata)
 
 
 @torch.enable_grad()
 def image_gradient(
     name: str,
-    reward: Reward,
+    reward: BaseReward,
     device: torch.device,
     images: Tensor,
     prompts: Sequence[str],
@@ -92,7 +114,7 @@ def image_gradient(
     """
     with _calling(name, reward, device, f"it is differentiated at {len(images)} images on {device}"):
         own = images.detach().to(device, torch.float32, copy=True).requires_grad_()
-        scores = reward(own, list(prompts), [own_metadata(row) for row in metadata])
+        scores = _ask(reward, own, list(prompts), [own_metadata(row) for row in metadata])
         if not isinstance(scores, Tensor) or not scores.requires_grad:
             raise _failure(name, reward, "expected scores that carry a gradient, for it says `differentiable = True`")
         (gradient,) = torch.autograd.grad(scores.sum(), own)
@@ -114,7 +136,7 @@ def own_metadata(metadata: Metadata) -> Metadata:
 
 
 @contextmanager
-def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[None]:
+def guarded(name: str, reward: BaseReward, failing: str, doing: str) -> Iterator[None]:
     """Around foreign code: reports long waits, and turns whatever it raises into a RewardError with its name.
 
     KeyboardInterrupt, StoppedError, and what the user can fix, pass.
@@ -137,7 +159,7 @@ def guarded(name: str, reward: Reward, failing: str, doing: str) -> Iterator[Non
 
 
 @contextmanager
-def _calling(name: str, reward: Reward, device: torch.device, doing: str) -> Iterator[None]:
+def _calling(name: str, reward: BaseReward, device: torch.device, doing: str) -> Iterator[None]:
     """Around the call of a reward on images: guarded, on its device, and in full precision."""
     with (
         guarded(name, reward, f"failed on images on {device}", doing),
@@ -147,7 +169,7 @@ def _calling(name: str, reward: Reward, device: torch.device, doing: str) -> Ite
         yield
 
 
-def overdue(name: str, reward: Reward, num_images: int, seconds: float, reason: str) -> RewardError:
+def overdue(name: str, reward: BaseReward, num_images: int, seconds: float, reason: str) -> RewardError:
     """The error for a call that took longer than the term's time limit."""
     return _failure(name, reward, f"no scores of {num_images} images within its time_limit of {seconds:g} s ({reason})")
 
@@ -181,12 +203,12 @@ def _dtype(values: Tensor) -> str:
     return str(values.dtype).removeprefix("torch.")
 
 
-def _failure(name: str, reward: Reward, what: str) -> RewardError:
+def _failure(name: str, reward: BaseReward, what: str) -> RewardError:
     """Names the reward, its distribution, what happened, and a hint."""
     hint = f"`{check_command(reward)}` shows what a reward must do"
     return RewardError(f"reward {name!r} ({describe(reward)}): {what}; {hint}")
 
 
-def _missing(name: str, reward: Reward, error: ModuleNotFoundError) -> str:
+def _missing(name: str, reward: BaseReward, error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0] or str(error)
     return f"reward {name!r} ({describe(reward)}) needs {package}, which is not installed: pip install {package}"

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward.base import Metadata, Reward, Scorer
+from lightning_fdfo.reward.base import BaseReward, Metadata, Reward, Scorer
 
 
 class FunctionReward(Reward):
@@ -45,9 +45,9 @@ class FunctionReward(Reward):
         return self.function(images, prompts, metadata)
 
 
-def as_reward(scorer: Reward | Scorer) -> Reward:
+def as_reward(scorer: BaseReward | Scorer) -> BaseReward:
     """A reward as it is; a plain function in a FunctionReward."""
-    return scorer if isinstance(scorer, Reward) else FunctionReward(scorer)
+    return scorer if isinstance(scorer, BaseReward) else FunctionReward(scorer)
 
 
 def read_signature(found: Callable[..., Any]) -> inspect.Signature | None:

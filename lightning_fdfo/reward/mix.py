@@ -5,8 +5,7 @@
       small: {reward: {class_path: JPEGSize, init_args: {sign: -1}}, weight: 0.1, scale: std}
       watched: {reward: my_package.my_module.redness, weight: 0}   # scored and logged, not trained on
 
-What a term is: reward/term.py. How images are scored: reward/scorer.py. Which prompts a term is for: reward/routing.py.
-
+A term is in reward/term.py, scoring in reward/scorer.py, which prompts a term is for in reward/routing.py.
 Legend: N images, and in a rollout N = 2P, rows 2i and 2i+1 being pair i.
 """
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward.base import Metadata
+from lightning_fdfo.reward.base import Metadata, PairReward
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.running_std import RunningStd
@@ -70,6 +69,11 @@ class RewardMix:
             {name: term.time_limit for name, term in self.terms.items()},
         )
 
+    @property
+    def pair_terms(self) -> list[str]:
+        """Names of the terms that compare two images: a score is that of an image beside the other."""
+        return [name for name, reward in self.rewards.items() if isinstance(reward, PairReward)]
+
     # Set-up
 
     def check(self, prompt: str, metadata: Metadata, names: Collection[str] | None = None) -> None:
@@ -111,7 +115,7 @@ class RewardMix:
         routes: Mapping[str, Route] | None = None,
         drop: bool = False,
     ) -> dict[str, Scores]:
-        """Scores a batch, and waits for all scores: see `start`."""
+        """Scores a batch, and waits: see `start`."""
         return self.start(images, prompts, metadata, routes=routes, drop=drop).result()
 
     def start(
@@ -125,15 +129,15 @@ class RewardMix:
     ) -> Scoring:
         """Starts to score a batch.
 
-        Terms on the images' device run now, one after the other. The others run meanwhile, and go on after this has
-        returned, in a pool of threads, of which each device has one, and each term on the CPU one of its own. A reward
-        need not stand two calls at a time: the next batch is not to start before this one's `result`.
+        Terms on the images' device run now, one by one. The others run meanwhile, and go on after this has returned,
+        in threads, of which each device has one, and each term on the CPU one of its own. A reward need not stand two
+        calls at a time: the next batch is not to start before this one's `result`.
 
         Args:
             images: [N, 3, H, W], float32 in [0, 1]; not to be changed before all scores are there.
             prompts: N strings.
             metadata: N mappings.
-            routes: name -> which of the images a term sees, see `routing.routes`; None sends all to all.
+            routes: name -> which images a term sees; without one it is left out. None: all to all.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
 
         Returns:
@@ -141,7 +145,7 @@ class RewardMix:
 
         Raises:
             RewardError: here or in `result`: a reward raised something, took longer than its time limit, or gave
-                another shape, or something else than finite real numbers. A failure is never a score. It names the
+                something else than finite real numbers of the right shape. A failure is never a score. It names the
                 prompt, and `row` says which it is, if the image by itself fails too.
 
         Example:

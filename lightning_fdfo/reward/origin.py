@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from lightning_fdfo.reward.base import Reward
+from lightning_fdfo.reward.base import BaseReward
 from lightning_fdfo.reward.function import FunctionReward
 from lightning_fdfo.reward.registry import available_rewards, distribution_name
 
 
-def describe(reward: Reward) -> str:
+def describe(reward: BaseReward) -> str:
     """A reward's class and the distribution that registers it, for messages; the module of one that none registers.
 
     Example:
@@ -30,7 +30,7 @@ def describe(reward: Reward) -> str:
     return f"{reward.name} of {f'the module {module}' if entry is None else distribution_name(entry)}"
 
 
-def _entry(reward: Reward) -> EntryPoint | None:
+def _entry(reward: BaseReward) -> EntryPoint | None:
     """The entry point that a reward was loaded by, or one that leads to its class; None if there is none."""
     kept = vars(reward).get("_entry")
     source = source_of(reward)
@@ -38,7 +38,7 @@ def _entry(reward: Reward) -> EntryPoint | None:
     return kept or next((entry for entry in available_rewards().values() if entry.value == value), None)
 
 
-def check_command(reward: Reward) -> str:
+def check_command(reward: BaseReward) -> str:
     """The command that checks a reward, with its name or dotted path and the options that it was made with.
 
     Example:
@@ -60,7 +60,7 @@ def check_command(reward: Reward) -> str:
     return f"{command} --init_args {shlex.quote(text)}"
 
 
-def source_of(reward: Reward) -> Any:
+def source_of(reward: BaseReward) -> Any:
     """A reward's class, or the function that it calls.
 
     Example:
@@ -72,7 +72,7 @@ def source_of(reward: Reward) -> Any:
     return reward.function.func if isinstance(reward.function, functools.partial) else reward.function
 
 
-def made_with(reward: Reward) -> dict[str, Any]:
+def made_with(reward: BaseReward) -> dict[str, Any]:
     """The options that a reward was made with, defaults among them; a copy's public attributes, for it knows no more.
 
     Example:
@@ -90,7 +90,7 @@ def made_with(reward: Reward) -> dict[str, Any]:
     return defaults | parameters.bind_partial(*arguments, **options).arguments
 
 
-def _dotted_path(reward: Reward) -> str | None:
+def _dotted_path(reward: BaseReward) -> str | None:
     """None if no path leads to it."""
     source = source_of(reward)
     module, name = getattr(source, "__module__", None) or "__main__", getattr(source, "__qualname__", "")
@@ -98,7 +98,7 @@ def _dotted_path(reward: Reward) -> str | None:
     return f"{module}.{name}" if loaded is not None and getattr(loaded, name, None) is source else None
 
 
-def _options(reward: Reward) -> dict[str, Any]:
+def _options(reward: BaseReward) -> dict[str, Any]:
     """What it was made with, as far as that is not the default."""
     arguments, options = vars(reward).get("_made_with", ((), {}))  # not in a copy that was pickled
     if isinstance(reward, FunctionReward):

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_fdfo.errors import ConfigurationError, StoppedError
-from lightning_fdfo.reward.base import Reward, Scorer
+from lightning_fdfo.reward.base import BaseReward, PairReward, Reward, Scorer
 from lightning_fdfo.reward.function import FunctionReward, read_signature
 
 ENTRY_POINT_GROUP = "lightning_fdfo.rewards"
@@ -45,7 +45,7 @@ def _entries_by_name() -> dict[str, list[EntryPoint]]:
     return {name: list(entries.values()) for name, entries in found.items()}
 
 
-def load_reward(name: str, **init_args: Any) -> Reward:
+def load_reward(name: str, **init_args: Any) -> BaseReward:
     """An instance of a reward, by its registered name or by a dotted path.
 
     Args:
@@ -74,12 +74,12 @@ def load_reward(name: str, **init_args: Any) -> Reward:
     return reward
 
 
-def load_reward_class(name: str) -> type[Reward] | Scorer:
+def load_reward_class(name: str) -> type[BaseReward] | Scorer:
     """What a registered name or a dotted path leads to: a class, or a plain function; raises as `load_reward` does."""
     return _find(name)[0]
 
 
-def _find(name: str) -> tuple[type[Reward] | Scorer, EntryPoint | None]:
+def _find(name: str) -> tuple[type[BaseReward] | Scorer, EntryPoint | None]:
     """A class or a plain function, and the entry point that gives it; None for a dotted path."""
     entry = None if "." in name else _entry(name)
     try:
@@ -92,9 +92,9 @@ def _find(name: str) -> tuple[type[Reward] | Scorer, EntryPoint | None]:
         raise
     except BaseException as error:  # a plugin is foreign code: whatever it raises is reported with its name
         raise ConfigurationError(_not_importable(name, entry, error)) from error
-    if not (issubclass(found, Reward) if isinstance(found, type) else callable(found)):
+    if not (issubclass(found, Reward | PairReward) if isinstance(found, type) else callable(found)):
         raise ConfigurationError(
-            f"reward {name!r}: expected a subclass of lightning_fdfo.Reward or a function, got {found!r}"
+            f"reward {name!r}: expected a subclass of lightning_fdfo.Reward or PairReward, or a function, got {found!r}"
         )
     return found, entry
 

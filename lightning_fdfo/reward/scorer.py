@@ -6,7 +6,7 @@ Legend: N images.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +16,16 @@ from torch import Tensor
 
 from lightning_fdfo.errors import RewardError, StoppedError
 from lightning_fdfo.files import is_first_process
-from lightning_fdfo.reward.base import Metadata, Reward
-from lightning_fdfo.reward.call import check_device, check_prompt, guarded, image_gradient, overdue, score_images
+from lightning_fdfo.reward.base import BaseReward, Metadata
+from lightning_fdfo.reward.call import (
+    check_device,
+    check_prompt,
+    guarded,
+    image_gradient,
+    images_per_score,
+    overdue,
+    score_images,
+)
 from lightning_fdfo.reward.origin import describe
 from lightning_fdfo.reward.routing import Route
 from lightning_fdfo.reward.scores import Scores
@@ -79,7 +87,7 @@ class RewardScorer:
 
     def __init__(
         self,
-        rewards: Mapping[str, Reward],
+        rewards: Mapping[str, BaseReward],
         devices: Mapping[str, str | None],
         time_limits: Mapping[str, float | None] | None = None,
     ) -> None:
@@ -112,7 +120,7 @@ class RewardScorer:
                 reward.setup(self._devices[name])
             self._warn_of_truncated(name, reward)
 
-    def _warn_of_truncated(self, name: str, reward: Reward) -> None:
+    def _warn_of_truncated(self, name: str, reward: BaseReward) -> None:
         """One warning, if a reward reads only the beginning of some of the prompts that were checked for it."""
         prompts = list(self._prompts[name])
         self._prompts[name].clear()
@@ -140,15 +148,17 @@ class RewardScorer:
             images: [N, 3, H, W].
             prompts: N strings.
             metadata: N mappings.
-            routes: name -> which of the images it scores.
+            routes: name -> which of the images it scores; who is not in it is not asked.
             drop: whether a failure is reported by a warning, and leaves the image without a score.
         """
-        here, elsewhere = self._by_thread(images.device)
+        here, elsewhere = self._by_thread(images.device, routes)
 
         def score(names: Sequence[str]) -> dict[str, Scores]:
             return {name: self._score_routed(name, images, prompts, metadata, routes[name], drop) for name in names}
 
-        scoring = Scoring(list(self.rewards), [start(partial(score, names)) for names in elsewhere])
+        scoring = Scoring(
+            [name for name in self.rewards if name in routes], [start(partial(score, names)) for names in elsewhere]
+        )
         with scoring.ended_on_error():
             scoring.add(score(here))
         return scoring
@@ -158,11 +168,11 @@ class RewardScorer:
         device = self._devices.get(name, images.device)
         return image_gradient(name, self.rewards[name], device, images, prompts, metadata)
 
-    def _by_thread(self, device: torch.device) -> tuple[list[str], list[list[str]]]:
-        """Names of the rewards that run on the images' device, and those of each other thread."""
+    def _by_thread(self, device: torch.device, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
+        """Those of some rewards that run on the images' device, and those of each other thread."""
         here: list[str] = []
         elsewhere: dict[object, list[str]] = {}
-        for name in self.rewards:
+        for name in filter(names.__contains__, self.rewards):
             own = self._devices.get(name, device)
             if own == device:
                 here.append(name)
@@ -196,8 +206,11 @@ class RewardScorer:
     def _score(
         self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata], drop: bool
     ) -> tuple[Tensor, Tensor]:
-        """One reward's scores, and which there are; a batch that fails goes one by one, to know which image it is."""
-        count = len(images)
+        """One reward's scores, and which there are; a batch that fails goes one by one, to know which image it is.
+
+        A `PairReward` is asked pair by pair instead.
+        """
+        count, each = len(images), images_per_score(self.rewards[name])
         try:
             return self._score_batch(name, images, prompts, metadata), torch.ones(count, dtype=torch.bool)
         except _OverdueRewardError as error:  # it may still be running: it is not asked again for each image
@@ -208,12 +221,13 @@ class RewardScorer:
         except RewardError as error:
             failed = error
         values, scored, failures = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool), 0
-        for row, (prompt, facts) in enumerate(zip(prompts, metadata, strict=True)):
+        for row in range(0, count, each):
+            one, prompt = slice(row, row + each), prompts[row]
             try:
                 if failures == MAX_FAILURES:
                     raise failed
-                values[row] = self._score_batch(name, images[row : row + 1], [prompt], [facts])[0]
-                scored[row], failures = True, 0
+                values[one] = self._score_batch(name, images[one], prompts[one], metadata[one])
+                scored[one], failures = True, 0
             except RewardError as error:
                 failures += failures < MAX_FAILURES
                 if not drop:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward.base import Reward, Scorer
+from lightning_fdfo.reward.base import BaseReward, PairReward, Scorer
 from lightning_fdfo.reward.registry import did_you_mean, load_reward
 
 Scale = float | Literal["none", "std"]
@@ -73,7 +73,7 @@ class RewardTerm:
         [1.0, 0.75, 0.5, 0.5]
     """
 
-    reward: Reward | Scorer
+    reward: BaseReward | Scorer
     weight: Weight = 1.0
     scale: Scale = "none"
     device: str | None = None
@@ -136,7 +136,7 @@ def _parse_term(name: str, value: Any) -> RewardTerm:
     return RewardTerm(**{**value, "reward": _load(value["reward"], expected), "gate": _load_gate(value.get("gate"))})
 
 
-def _load_short(name: str) -> Reward:
+def _load_short(name: str) -> BaseReward:
     """The reward that a short form names."""
     try:
         return load_reward(name)
@@ -146,7 +146,7 @@ def _load_short(name: str) -> Reward:
         ) from error
 
 
-def _load(reward: Any, expected: str) -> Reward | Scorer:
+def _load(reward: Any, expected: str) -> BaseReward | Scorer:
     """The reward that a long form names, with its options; in Python it may be there already."""
     spec = {"class_path": reward} if isinstance(reward, str) else reward
     match spec:
@@ -252,9 +252,12 @@ def _as_floats(value: Any) -> Any:
 
 def _check_gate(name: str, gate: Gate, terms: Mapping[str, RewardTerm]) -> None:
     """Raises ConfigurationError for a gate on a term that is not there, or that has a gate itself."""
-    others = sorted(other for other, term in terms.items() if term.gate is None)
+    pairs = [other for other, term in terms.items() if isinstance(term.reward, PairReward)]
+    others = sorted(other for other, term in terms.items() if term.gate is None and other not in pairs)
     if gate.reward not in others:
         problem = "has a gate itself" if gate.reward in terms else "is not in the mixture"
+        if gate.reward in pairs:
+            problem = "compares two images, and gives none of them a score"
         raise ConfigurationError(
             f"rewards.{name}: expected a gate on a term without one, of {', '.join(others) or 'which there is none'}; "
             f"{gate.reward!r} {problem} (a term with weight 0 is scored, and can be a gate)"

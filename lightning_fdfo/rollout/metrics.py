@@ -20,7 +20,7 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
     For the total, as `reward`, and for each term, as `reward/NAME`, over the images and pairs that it has scored (left
     out if there are none):
 
-    - `/mean`, `/std` of the scores;
+    - `/mean`, `/std` of the scores; not of a `PairReward`, which has none of an image by itself;
     - `/difference`: mean |half difference| of a pair: of a term, in its own units;
     - `/ties`: share of pairs with equal scores; of the total, with a difference of 0;
     - `/gated`, for a term with a gate: share of pairs that pass it.
@@ -59,7 +59,9 @@ def rollout_metrics(scores: EpochScores, rewards: RewardMix, epoch: int) -> dict
     for name, (values, compared) in scores.differences.items():
         if not compared.any():
             continue
-        metrics |= dict(_of_one(f"reward/{name}", scores.scores[name].values[compared], values[compared]))
+        own = dict(_of_one(f"reward/{name}", scores.scores[name].values[compared], values[compared]))
+        of_images = {f"reward/{name}/mean", f"reward/{name}/std"} if name in rewards.pair_terms else set()
+        metrics |= {key: value for key, value in own.items() if key not in of_images}
         if rewards.terms[name].weight_at(epoch) and size and not rewards.terms[name].gradient:
             added = scores.contributions[name][rows]
             metrics[f"reward/{name}/share"] = ((difference.sign() * added).sum().double() / size).item()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.base import BaseReward, Metadata, PairReward
 from lightning_fdfo.reward.call import own_metadata
 from lightning_fdfo.reward.function import FunctionReward, as_reward
 from lightning_fdfo.reward.origin import describe
@@ -40,14 +40,14 @@ MAX_PICKLE = 100_000
 
 
 def check_reward(
-    reward: Reward | Callable[..., Tensor],
+    reward: BaseReward | Callable[..., Tensor],
     *,
     prompts: Sequence[str] = PROMPTS,
     metadata: Sequence[Metadata] | None = None,
     device: str = "cpu",
     tolerance: float = 1e-4,
 ) -> None:
-    """Checks that a reward keeps the contract of `lightning_fdfo.Reward`.
+    """Checks that a reward keeps the contract of `lightning_fdfo.Reward`, or of `PairReward`.
 
     Args:
         reward: an instance, not set up yet, or a plain function.
@@ -66,14 +66,14 @@ def check_reward(
         Traceback (most recent call last):
         ...
         lightning_fdfo.testing.conformance.ConformanceError: <lambda> of ...:
-        - gives one finite number an image: expected a tensor of shape [4], got [] of torch.float32...
+        - gives one finite number an image, or a pair: expected a tensor of shape [4], got [] of torch.float32...
     """
     results = run_checks(reward, prompts=prompts, metadata=metadata, device=device, tolerance=tolerance)
     insist(describe(as_reward(reward)), results)
 
 
 def run_checks(
-    reward: Reward | Callable[..., Tensor],
+    reward: BaseReward | Callable[..., Tensor],
     *,
     prompts: Sequence[str] = PROMPTS,
     metadata: Sequence[Metadata] | None = None,
@@ -83,7 +83,8 @@ def run_checks(
     """The checks one by one, as `check_reward` runs them; those after a fatal one are left out."""
     sample = make_sample(as_reward(reward), prompts, metadata, device, tolerance)
     gradients = torch.is_grad_enabled()
-    for result in examine(CHECKS, sample):
+    more = PAIR_CHECKS if isinstance(sample.reward, PairReward) else ()
+    for result in examine((*CHECKS, *more), sample):
         torch.set_grad_enabled(gradients)  # a reward may have turned them off; one of the checks says so
         yield result
 
@@ -138,7 +139,7 @@ def _sets_up(sample: Sample) -> str | None:
 
 
 def _gives_scores(sample: Sample) -> str | None:
-    """Gives one finite number an image."""
+    """Gives one finite number an image, or a pair."""
     scores = sample.score()
     if not isinstance(scores, Tensor):
         return f"expected a tensor, got {type(scores).__name__}"
@@ -162,6 +163,22 @@ def _stays_in_range(sample: Sample) -> str | None:
     scores = sample.score().cpu()
     nearest = scores.clamp(low, high)
     return None if sample.close(scores, nearest) else f"got {scores.tolist()}, its range says {low} … {high}"
+
+
+def _turns_with_the_images(sample: Sample) -> str | None:
+    """Says the opposite with the images swapped."""
+    if sample.reward.differentiable or not sample.reward.higher_is_better:
+        return "a PairReward is not differentiable, and higher_is_better: leave both as they are"
+    first, second = sample.arguments(sample.images)
+    own, turned = (
+        sample.ask(
+            [each.clone() for each in pair], list(sample.prompts), [own_metadata(row) for row in sample.metadata]
+        )
+        for pair in ((first, second), (second, first))
+    )
+    if sample.close(turned.cpu(), -own.cpu()):
+        return None
+    return f"got {own.tolist()}, with the images swapped {turned.tolist()}: ask both ways, and take (there - back) / 2"
 
 
 def _leaves_no_gradient(sample: Sample) -> str | None:
@@ -204,11 +221,11 @@ def _is_deterministic(sample: Sample) -> str | None:
 
 def _leaves_its_arguments(sample: Sample) -> str | None:
     """Leaves images, prompts and metadata as they are."""
-    images, prompts = sample.images.clone(), list(sample.prompts)
-    metadata = [own_metadata(row) for row in sample.metadata]
-    sample.reward(images, prompts, metadata)
+    expected, prompts = sample.arguments(sample.images), list(sample.prompts)
+    images, metadata = [each.clone() for each in expected], [own_metadata(row) for row in sample.metadata]
+    sample.ask(images, prompts, metadata)
     same = {
-        "images": torch.equal(images, sample.images),
+        "images": all(torch.equal(own, given) for own, given in zip(images, expected, strict=True)),
         "prompts": prompts == list(sample.prompts),
         "metadata": metadata == [dict(row) for row in sample.metadata],
     }
@@ -269,3 +286,5 @@ CHECKS: tuple[tuple[Callable[[Sample], str | None], bool], ...] = (
     (_pickles_by_configuration, False),
 )
 """Each check, and whether those after it make no sense if it fails."""
+PAIR_CHECKS = ((_turns_with_the_images, False),)
+"""The same, of a `PairReward` alone."""

@@ -1,14 +1,15 @@
-"""What the conformance checks score: a reward, four small images, and their prompts and metadata."""
+"""What the conformance checks score: a reward, four small images or pairs of them, and their prompts and metadata."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lightning_fdfo.reward.base import Metadata, Reward
+from lightning_fdfo.reward.base import BaseReward, Metadata, PairReward, Reward
 from lightning_fdfo.reward.call import own_metadata
 
 PROMPTS = ('a sign that says "427"', 'a photo of "12" cats', 'the word "YES", painted', "an «ocean» at “58” degrees")
@@ -21,18 +22,30 @@ TEXTS = ({"text": "427"}, {"text": "12"}, {"text": "YES"}, {"text": "58"})
 class Sample:
     """A reward and something to score."""
 
-    reward: Reward
+    reward: BaseReward
     images: Tensor
-    """[4, 3, 64, 64]: a slope, noise, black, white"""
+    """[4, 3, 64, 64]: a slope, noise, black, white; a `PairReward` compares each with the one before it"""
     prompts: Sequence[str]
     metadata: Sequence[Metadata]
     device: torch.device
     tolerance: float
 
     def score(self, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
-        """Scores of some of the images, of copies, so that a reward cannot change the sample."""
-        chosen = (self.images if images is None else images)[rows].clone()
-        return self.reward(chosen, list(self.prompts[rows]), [own_metadata(row) for row in self.metadata[rows]])
+        """Scores of some of the images, or preferences, of copies, so that a reward cannot change the sample."""
+        given = [each[rows].clone() for each in self.arguments(self.images if images is None else images)]
+        return self.ask(given, list(self.prompts[rows]), [own_metadata(row) for row in self.metadata[rows]])
+
+    def arguments(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the reward is asked about: images; or the first ones of pairs, and the second ones."""
+        return (images, images.roll(1, dims=0)) if isinstance(self.reward, PairReward) else (images,)
+
+    def ask(self, images: Sequence[Tensor], prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """What the reward says of them, which are given to it as they are."""
+        if isinstance(self.reward, PairReward):
+            first, second = images
+            return self.reward(first, second, prompts, metadata)
+        (own,) = images
+        return cast(Reward, self.reward)(own, prompts, metadata)
 
     def close(self, scores: Tensor, others: Tensor) -> bool:
         """Whether they agree to the tolerance, relative above 1 and absolute below."""
@@ -40,7 +53,7 @@ class Sample:
 
 
 def make_sample(
-    reward: Reward, prompts: Sequence[str], metadata: Sequence[Metadata] | None, device: str, tolerance: float
+    reward: BaseReward, prompts: Sequence[str], metadata: Sequence[Metadata] | None, device: str, tolerance: float
 ) -> Sample:
     """A sample of 64 x 64 pixels on `device`; see `check_reward` for the arguments.
 

@@ -10,24 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fdfo.errors import ConfigurationError, RewardError
-from lightning_fdfo.reward import Metadata, Reward
+from lightning_fdfo.reward import BaseReward, Metadata, PairReward, Reward
 
 DType = Literal["float32", "bfloat16"]
 
 
-class ModelReward(Reward):
-    """A reward that a frozen model computes.
+class LoadedModel(BaseReward):
+    """What a frozen model needs to be a reward of either kind.
 
     Args:
         dtype: of the weights. bfloat16 halves the memory; the small differences of a pair want float32.
-        batch_size: images per forward; sets memory only.
+        batch_size: images per forward, or pairs; sets memory only.
         device: where it runs; None: beside the flow.
 
     Raises:
         ConfigurationError: another dtype, a batch_size below 1.
     """
-
-    differentiable = True
 
     def __init__(self, dtype: DType = "float32", batch_size: int = 16, device: str | None = None) -> None:
         if dtype not in ("float32", "bfloat16"):
@@ -40,11 +38,7 @@ class ModelReward(Reward):
 
     @abstractmethod
     def load(self, device: torch.device) -> Any:
-        """What `score` needs, on `device`; the weights come from a function that is `cached_weak`."""
-
-    @abstractmethod
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores one batch, [N]; `self.model` is what `load` gave."""
+        """What scoring needs, on `device`; the weights come from a function that is `cached_weak`."""
 
     @property
     def model(self) -> Any:
@@ -64,14 +58,39 @@ class ModelReward(Reward):
         if loaded is None or loaded[0] != device:
             self._loaded = (device, self.load(device))
 
+    def _slices(self, count: int) -> list[slice]:
+        """The chunks of a batch."""
+        return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
+
+
+class ModelReward(LoadedModel, Reward):
+    """A reward that a frozen model computes; see `LoadedModel` for its options."""
+
+    differentiable = True
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores one batch, [N]; `self.model` is what `load` gave."""
+
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """Scores a batch in chunks of `batch_size`; see `Reward.__call__`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            chunks = [
-                self.score(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
-                for start in range(0, len(images), self.batch_size)
-            ]
+            chunks = [self.score(images[rows], prompts[rows]) for rows in self._slices(len(images))]
             return torch.cat(chunks).float() if chunks else torch.zeros(0)
+
+
+class ModelPairReward(LoadedModel, PairReward):
+    """A reward that a frozen model computes from two images; see `LoadedModel` for its options."""
+
+    @abstractmethod
+    def prefer(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Compares one batch, [P]; `self.model` is what `load` gave."""
+
+    @torch.no_grad()
+    def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
+        """Compares a batch in chunks of `batch_size`; see `PairReward.__call__`."""
+        chunks = [self.prefer(first[rows], second[rows], prompts[rows]) for rows in self._slices(len(first))]
+        return torch.cat(chunks).float() if chunks else torch.zeros(0)
 
 
 def from_tensors(

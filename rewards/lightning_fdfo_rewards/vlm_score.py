@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_fdfo.errors import ConfigurationError
-from lightning_fdfo.hub import HubFiles, cached_weak
-from lightning_fdfo.reward import Metadata
-from lightning_fdfo_rewards.clip import load_tokenizer
-from lightning_fdfo_rewards.model_reward import DType, ModelReward, frozen
-from lightning_fdfo_rewards.preprocessing import normalize
+from lightning_fdfo_rewards.model_reward import DType, ModelReward
+from lightning_fdfo_rewards.vision_language_model import QWEN, Part, VLMReward
 
-QWEN = HubFiles("Qwen/Qwen2.5-VL-7B-Instruct", licence="Apache-2.0")
 TEMPLATE = 'Does this image match the caption "{prompt}"? Answer Yes or No.'
 
-_CONTROL = re.compile(r"<\|\w+\|>")
 
-
-class VLMScore(ModelReward):
+class VLMScore(VLMReward, ModelReward):
     """100 * sigmoid(logit of `yes` - logit of `no`) for the first token of the answer.
 
     Args:
@@ -55,8 +44,6 @@ class VLMScore(ModelReward):
     """
 
     range = (0.0, 100.0)
-    needs = "the prompt"
-    hub_files = (QWEN,)
 
     def __init__(
         self,
@@ -72,149 +59,14 @@ class VLMScore(ModelReward):
         shard: bool = False,
         antialias: bool = True,
     ) -> None:
-        super().__init__(dtype, batch_size, device)
-        self.shard = shard
-        self.antialias = antialias
-        if "{prompt}" not in template:
-            raise ConfigurationError(f"VLMScore: expected a template with {{prompt}} in it, got {template!r}")
-        self.template = template
-        self.yes, self.no = yes, no
-        self.image_size = image_size
-        self.hub_files = (HubFiles(pretrained, revision=revision, licence="see its repository"),)
-        if pretrained == QWEN.source:
-            self.hub_files = (HubFiles(pretrained, revision=revision, licence=QWEN.licence),)
+        super().__init__(
+            pretrained, template, (yes, no), image_size, revision, dtype, batch_size, device, shard, antialias
+        )
 
-    def check(self, prompt: str, metadata: Metadata) -> None:
-        """Raises ConfigurationError for a prompt that would be read as a part of the conversation's frame."""
-        if found := _CONTROL.search(prompt):
-            raise ConfigurationError(f"VLMScore: {found[0]!r} in {prompt[:80]!r} is a control word of the model")
-
-    def ask(self, prompt: str) -> str:
-        """The question about a prompt."""
-        return self.template.replace("{prompt}", prompt)
-
-    def load(self, device: torch.device) -> VisionLanguageModel:
-        """Reads the model and the tokenizer; what can be checked without the weights is checked first."""
-        folder = self.hub_files[0].fetch()
-        frame = _read_frame(folder, self.image_size)
-        tokenizer = load_tokenizer(folder)
-        answers = tuple(_single_token(tokenizer, answer) for answer in (self.yes, self.no))
-        return VisionLanguageModel(_load_model(folder, self.dtype, device, self.shard), tokenizer, frame, answers)
+    def message(self, prompt: str) -> list[Part]:
+        """The image, then the question."""
+        return [None, self.ask(prompt)]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores one batch."""
-        model: VisionLanguageModel = self.model
-        resized = F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=self.antialias)
-        return 100 * torch.sigmoid(model.preference(resized, [self.ask(prompt) for prompt in prompts]))
-
-
-class Frame(NamedTuple):
-    """How the model wants its images, from its own configuration."""
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def patches(self, images: Tensor) -> Tensor:
-        """Square images [N, 3, S, S] in [0, 1] -> [N (S / patch_size)^2, 3 temporal_patch_size patch_size^2].
-
-        Patches that will be merged into one token stand together; a still image is repeated in time.
-        """
-        pixels = normalize(images, self.mean, self.std)
-        count, grid = len(pixels), pixels.shape[-1] // self.patch_size
-        coarse = grid // self.merge_size
-        blocks = pixels.reshape(count, 3, coarse, self.merge_size, self.patch_size, coarse, self.merge_size, -1)
-        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None]
-        repeated = blocks.expand(*[-1] * 6, self.temporal_patch_size, -1, -1)
-        return repeated.reshape(count * grid * grid, -1)
-
-
-class VisionLanguageModel(NamedTuple):
-    """A loaded model, and what its questions need."""
-
-    model: Any
-    tokenizer: Any
-    frame: Frame
-    answers: tuple[int, ...]
-    """token numbers of `yes` and `no`"""
-
-    def preference(self, images: Tensor, questions: Sequence[str]) -> Tensor:
-        """logit(yes) - logit(no) for images [N, 3, S, S] and N questions: [N], float32."""
-        grid = images.shape[-1] // self.frame.patch_size
-        tokens = self._tokenize(questions, (grid // self.frame.merge_size) ** 2).to(images.device)
-        logits = self.model(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            mm_token_type_ids=(tokens.input_ids == self.model.config.image_token_id).long(),  # places in the image
-            pixel_values=self.frame.patches(images).to(self.model.dtype),
-            image_grid_thw=torch.tensor([[1, grid, grid]] * len(images), device=images.device),
-            logits_to_keep=1,
-            use_cache=False,
-        ).logits[:, -1]
-        yes, no = self.answers
-        preference: Tensor = logits[:, yes].float() - logits[:, no].float()
-        return preference
-
-    def _tokenize(self, questions: Sequence[str], num_image_tokens: int) -> Any:
-        """The conversations, padded on the left, so that the answer stands at the end of each."""
-        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
-        conversations = []
-        for question in questions:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            conversations.append(text.replace(image_token, image_token * num_image_tokens))
-        return self.tokenizer(conversations, padding=True, padding_side="left", return_tensors="pt")
-
-
-def _read_frame(folder: Path, image_size: int) -> Frame:
-    """The image processor's numbers; raises ConfigurationError for a size that does not fit."""
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-        frame = Frame(
-            processor.patch_size,
-            processor.temporal_patch_size,
-            processor.merge_size,
-            tuple(processor.image_mean),
-            tuple(processor.image_std),
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigurationError(f"VLMScore: {folder} holds no model like Qwen2.5-VL or Qwen3-VL: {error}") from error
-    unit = frame.patch_size * frame.merge_size
-    if image_size < unit or image_size % unit:
-        nearest = max(unit, round(image_size / unit) * unit)
-        raise ConfigurationError(
-            f"VLMScore: expected image_size to be a multiple of {unit} for this model, got {image_size}; "
-            f"nearest: {nearest}"
-        )
-    return frame
-
-
-def _single_token(tokenizer: Any, answer: str) -> int:
-    """The number of an answer's only token."""
-    numbers = tokenizer(answer, add_special_tokens=False).input_ids
-    if len(numbers) != 1:
-        raise ConfigurationError(f"VLMScore: expected an answer of one token, got {answer!r} of {len(numbers)}")
-    return int(numbers[0])
-
-
-@cached_weak
-def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool) -> Any:
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            device_map="auto" if shard else None,
-        )
-    except Exception as error:  # of another class's configuration, safetensors' own, a missing file
-        raise ConfigurationError(f"VLMScore: {folder} holds no model that transformers can read: {error}") from error
-    return model.requires_grad_(False).eval() if shard else frozen(model, device)
+        return 100 * torch.sigmoid(self.log_odds(images[:, None], prompts))

@@ -107,7 +107,7 @@ def test_the_sentence_stands_first_and_only_the_authors_frames_below(folder, mon
     with pytest.raises(SystemExit) as stop:  # the command that it names works
         main(shlex.split(command))
     assert stop.value.code == 1
-    assert "FAILED gives one finite number an image: it raised ValueError" in capsys.readouterr().out
+    assert "FAILED gives one finite number an image, or a pair: it raised ValueError" in capsys.readouterr().out
 
 
 def test_a_reward_that_exits_ends_no_run_silently(folder, monkeypatch, capsys):

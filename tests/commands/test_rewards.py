@@ -583,7 +583,7 @@ def test_check_tells_what_is_broken_and_exits_with_one(plugin, run):
     assert (code, err) == (1, "")
     *passed, failed, last = out.splitlines()
     assert all(line.startswith("ok ") for line in passed)
-    assert failed.startswith("FAILED gives one finite number an image: got [nan, nan, nan, nan]")
+    assert failed.startswith("FAILED gives one finite number an image, or a pair: got [nan, nan, nan, nan]")
     assert last == "gaining.gained breaks the contract"
 
 

@@ -159,8 +159,8 @@ def test_an_embedder_that_is_not_there_is_told_for_test_alone_before_the_model_l
 def test_without_the_base_it_is_not_painted(toy_module, judge, monkeypatch):
     painted = []
     module = toy_module(evaluation=Evaluation(base=False), lora=None)
-    evaluate = module.evaluator.evaluate
-    monkeypatch.setattr(module.evaluator, "evaluate", lambda *given: painted.append(given) or evaluate(*given))
+    generate = module.evaluator.generate
+    monkeypatch.setattr(module.evaluator, "generate", lambda *given: painted.append(given) or generate(*given))
     judge(module)
     assert len(painted) == 4
     assert module.evaluator._base is None

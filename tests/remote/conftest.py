@@ -13,7 +13,7 @@ import uvicorn
 from lightning_fdfo.remote.listener import bind
 from lightning_fdfo.remote.protocol import Limits
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
-from lightning_fdfo.reward import Reward, load_reward
+from lightning_fdfo.reward import BaseReward, load_reward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
 
@@ -26,7 +26,7 @@ class Server:
     def __init__(
         self, reward="JPEGSize", *, token=None, limits=None, port=0, name=None, configuration="", max_waiting=16
     ):
-        self.reward = reward if isinstance(reward, Reward) else load_reward(reward)
+        self.reward = reward if isinstance(reward, BaseReward) else load_reward(reward)
         name = name or self.reward.name
         mix = RewardMix({name: RewardTerm(self.reward)})
         mix.setup(torch.device("cpu"))

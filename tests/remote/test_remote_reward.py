@@ -157,7 +157,9 @@ def test_a_large_batch_goes_in_several_requests(limits, serve):
 
 @pytest.mark.parametrize("limits", [Limits(max_pixels=48 * 80 - 1), Limits(max_body=48 * 80 * 12 - 1)], ids=repr)
 def test_an_image_over_the_limits(limits, serve):
-    with pytest.raises(RemoteError, match="3840 pixels is more than it takes: start it with a larger --max_pixels"):
+    with pytest.raises(
+        RemoteError, match="3840 pixels is more than it takes: start it with larger --max_batch, --max_p"
+    ):
         score(remote(serve(limits=limits)))
 
 

@@ -213,8 +213,8 @@ def test_a_package_that_is_not_installed_is_named_with_pip():
         ("os.getcwd", "'os.getcwd': .*(says nothing|is no reward)"),
         ("shutil.copyfileobj", None),  # any function of three arguments may be one
         ("textwrap.dedent", "'textwrap.dedent': dedent.*is no reward: expected a function .*too many positional"),
-        ("torch.nn.Linear", "expected a subclass of lightning_fdfo.Reward or a function"),
-        ("torch.pi", "expected a subclass of lightning_fdfo.Reward or a function"),
+        ("torch.nn.Linear", "expected a subclass of lightning_fdfo.Reward or PairReward, or a function"),
+        ("torch.pi", "expected a subclass of lightning_fdfo.Reward or PairReward, or a function"),
         ("torch.no_such_name", "cannot be imported: AttributeError"),
         ("lightning_fdfo.Reward", "abstract"),
         (f"{__name__}.leaves", "cannot be imported: .*no attribute"),

@@ -95,7 +95,9 @@ def test_a_plugin_that_fails_to_import_is_named(plugins):
 
 def test_dotted_paths_need_no_packaging():
     assert load_reward(HERE, value=3.0).value == 3.0
-    with pytest.raises(ConfigurationError, match=r"expected a subclass of lightning_fdfo.Reward or a function"):
+    with pytest.raises(
+        ConfigurationError, match=r"expected a subclass of lightning_fdfo.Reward or PairReward, or a function"
+    ):
         load_reward("pathlib.Path")
     with pytest.raises(ConfigurationError, match="unexpected keyword argument 'volume'"):
         load_reward(HERE, volume=3.0)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning_fdfo_rewards.vlm_score import VLMScore, _read_frame
+from lightning_fdfo_rewards.vision_language_model import read_frame
+from lightning_fdfo_rewards.vlm_score import VLMScore
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -69,7 +70,7 @@ def test_patches_are_the_processors(folders, name, size):
     expected = AutoImageProcessor.from_pretrained(folders / name)(
         [Image.fromarray(pixel) for pixel in pixels], do_resize=False, return_tensors="pt"
     )
-    own = _read_frame(folders / name, 2 * size).patches(images)
+    own = read_frame(folders / name, 2 * size, "VLMScore").patches(images)
     torch.testing.assert_close(own, expected.pixel_values, rtol=0, atol=1e-5)
 
 
@@ -129,7 +130,7 @@ def test_the_references_resize_is_an_option(size, levels, monkeypatch):
     seen = []
     for antialias in (True, False):
         reward = VLMScore(antialias=antialias)
-        judge = SimpleNamespace(preference=lambda images, questions: seen.append(images) or torch.zeros(len(images)))
+        judge = SimpleNamespace(log_odds=lambda images, messages: seen.append(images) or torch.zeros(len(images)))
         monkeypatch.setattr(VLMScore, "model", judge)
         reward(natural(size), ["p"], [{}])
     assert [images.shape[-1] for images in seen] == [504, 504]

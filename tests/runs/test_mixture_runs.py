@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 
+from lightning_fdfo import PairReward
 from tests import processes
 
 EPOCHS = 3
+NAMES = ("OCR", "colors", "dark", "brighter")
 PROMPTS = [
     {"prompt": '"12" in red', "rewards": {"OCR": 1, "colors": 0.5, "dark": 1}},
     {"prompt": "a red sofa", "rewards": {"colors": 1, "dark": 0}},  # no text to read
@@ -21,6 +23,13 @@ PROMPTS = [
 
 def darkness(images, prompts, metadata):
     return 1 - images.mean(dim=(1, 2, 3))
+
+
+class Brighter(PairReward):
+    """A judge of two images."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return (5 * (first - second).mean(dim=(1, 2, 3))).tanh()
 
 
 def overlay(folder):
@@ -36,6 +45,7 @@ def overlay(folder):
                     "scale": "std",
                     "gate": {"reward": "colors", "above": 50.0},
                 },
+                "brighter": {"reward": f"{__name__}.Brighter", "weight": 0.5, "scale": "std"},
             },
             "evaluation": {"metrics": None},
             "sampling": {"num_steps": 2},
@@ -106,7 +116,7 @@ def test_the_mixture_does_what_it_says(one):
         rows, numbers = pairs(one, epoch), {name: float(value) for name, value in epochs[epoch].items()}
         assert all(math.isfinite(value) for value in numbers.values())
         assert 0 < numbers["reward/dark/gated"] < 1
-        shares = [numbers.get(f"reward/{name}/share", 0.0) for name in ("OCR", "colors", "dark")]
+        shares = [numbers.get(f"reward/{name}/share", 0.0) for name in NAMES]
         assert sum(shares) == pytest.approx(1, abs=1e-5)
         assert (shares[2] == 0) == (epoch == 0)  # its weight starts at 0
         assert -1 <= numbers["reward/OCR/rank_correlation/colors"] <= 1
@@ -117,10 +127,14 @@ def test_the_mixture_does_what_it_says(one):
             assert abs(float(row["OCR/part"])) <= factor * (1.0, 0.6, 0.2)[epoch] + 1e-6
         read = [float(row[f"OCR/{branch}"]) for row in rows for branch in ("first", "second") if row["OCR/first"]]
         assert numbers["reward/OCR/mean"] == pytest.approx(sum(read) / len(read), rel=1e-5)
+        judged = [row for row in rows if row["brighter/first"]]
+        assert judged
+        assert all(float(row["brighter/first"]) + float(row["brighter/second"]) == pytest.approx(1) for row in judged)
+        assert 0 < numbers["val/brighter"] < 1
         total = sum(abs(float(row["difference"])) for row in rows) / len(rows)
         assert numbers["reward/difference"] == pytest.approx(total, rel=1e-5)
         assert {name for name in numbers if name.startswith("val/")} == {
-            "val/reward", "val/OCR", "val/colors", "val/dark"
+            "val/reward", "val/OCR", "val/colors", "val/dark", "val/brighter"
         }  # fmt: skip
 
 
@@ -138,7 +152,7 @@ def test_two_processes_log_what_one_logs(one, two):
             assert [ours[key] for key in ("epoch", "pair", "prompt", "dropped")] == [
                 theirs[key] for key in ("epoch", "pair", "prompt", "dropped")
             ]
-            for name in ("OCR", "colors", "dark"):
+            for name in NAMES:
                 for key in (f"{name}/first", f"{name}/second", f"{name}/part"):
                     assert (ours[key] == "") == (theirs[key] == "")
                     # an OCR engine magnifies the last digits of weights: other pairs would differ by ones

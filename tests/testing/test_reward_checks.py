@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fdfo import Reward
+from lightning_fdfo import PairReward, Reward
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.reward import load_reward
 from lightning_fdfo.testing import ConformanceError, check_reward, reward_checks
@@ -278,14 +278,18 @@ def here(monkeypatch):
             "keeps its state out of the module tree",
             r"must not be an nn\.Module: hold the model in an attribute",
         ),
-        (Shape, "gives one finite number an image", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
-        (Numbers, "gives one finite number an image", r"expected a tensor, got list"),
-        (Half, "gives one finite number an image", r"got \[4\] of torch\.bfloat16; float32 is wanted, or float64"),
-        (Complex, "gives one finite number an image", r"got \[4\] of torch\.complex64; float32 is wanted"),
-        (Leaves, "gives one finite number an image", r"raised SystemExit\(0\)"),
-        (NaN, "gives one finite number an image", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
-        (Meta, "gives one finite number an image", r"expected scores on cpu or the CPU, got them on meta"),
-        (FailsToScore, "gives one finite number an image", r"raised ZeroDivisionError\('by nothing'\)"),
+        (Shape, "gives one finite number an image, or a pair", r"of shape \[4\], got \[4, 3\] of torch\.float32"),
+        (Numbers, "gives one finite number an image, or a pair", r"expected a tensor, got list"),
+        (
+            Half,
+            "gives one finite number an image, or a pair",
+            r"got \[4\] of torch\.bfloat16; float32 is wanted, or float64",
+        ),
+        (Complex, "gives one finite number an image, or a pair", r"got \[4\] of torch\.complex64; float32 is wanted"),
+        (Leaves, "gives one finite number an image, or a pair", r"raised SystemExit\(0\)"),
+        (NaN, "gives one finite number an image, or a pair", r"got \[.*, nan, 1\.0\] for .* or give a finite score"),
+        (Meta, "gives one finite number an image, or a pair", r"expected scores on cpu or the CPU, got them on meta"),
+        (FailsToScore, "gives one finite number an image, or a pair", r"raised ZeroDivisionError\('by nothing'\)"),
         (TooHigh, "stays in its range", r"got \[1\.0, .*\], its range says 0\.0 … 0\.9"),
         (TooLow, "stays in its range", r"got \[1\.0, .* 0\.0, 1\.0\], its range says 0\.1 … 2\.0"),
         (BadRange, "stays in its range", r"expected range = \(lowest, highest\), got \(1\.0, -1\.0\)"),
@@ -379,7 +383,7 @@ def test_all_failures_are_told(here):
     [
         (Picky, "accepts the sample's prompts and metadata"),
         (NeverSetUp, "can be set up, and again"),
-        (Shape, "gives one finite number an image"),
+        (Shape, "gives one finite number an image, or a pair"),
     ],
 )
 def test_after_a_fatal_failure_no_check_is_run(here, broken, last):
@@ -455,3 +459,68 @@ def test_what_no_process_can_import_is_not_asked():
     assert imports(scope["scorer"]) is None
     scope["scorer"].__module__ = "no_such_package.no_such_module"
     assert imports(scope["scorer"]) is None
+
+
+# Rewards that compare two images
+
+
+class Brighter(PairReward):
+    """As good as any."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return (first - second).mean(dim=(1, 2, 3))
+
+
+class FirstImage(PairReward):
+    """Looks at one of them."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return first.mean(dim=(1, 2, 3))
+
+
+class TooSure(Brighter):
+    """Says more than it may."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return 3 * super().__call__(first, second, prompts, metadata)
+
+
+class OnePair(Brighter):
+    """Sees the batch."""
+
+    def __call__(self, first, second, prompts, metadata):
+        return super().__call__(first, second, prompts, metadata)[:1]
+
+
+class Painter(Brighter):
+    """Writes into its arguments."""
+
+    def __call__(self, first, second, prompts, metadata):
+        found = super().__call__(first, second, prompts, metadata)
+        second.zero_()
+        return found
+
+
+class ACost(Brighter):
+    """Turns its sign twice."""
+
+    higher_is_better = False
+
+
+def test_a_pair_reward_keeps_its_contract():
+    check_reward(Brighter())
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (FirstImage, r"says the opposite with the images swapped: got \[.*ask both ways"),
+        (TooSure, "stays in its range"),
+        (OnePair, r"gives one finite number an image, or a pair: expected a tensor of shape \[4\], got \[1\]"),
+        (Painter, "it changed the images"),
+        (ACost, "a PairReward is not differentiable, and higher_is_better: leave both as they are"),
+    ],
+)
+def test_a_pair_reward_that_breaks_it_is_named(reward, message):
+    with pytest.raises(ConformanceError, match=message):
+        check_reward(reward())
