@@ -27,7 +27,7 @@ class Pair(NamedTuple):
     """Two images of a prompt that are to be compared."""
 
     epoch: int
-    index: int
+    number: int
     """in the epoch, over all devices"""
     prompt: str
     first: bytes
@@ -42,7 +42,7 @@ class Pair(NamedTuple):
     @property
     def key(self) -> tuple[int, int, str]:
         """What a vote names it by."""
-        return self.epoch, self.index, self.images
+        return self.epoch, self.number, self.images
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Round:
         self.rules = rules
         self.pairs: list[Pair] = []
         self.closed: set[int] = set()
-        """Indices of pairs whose preference is in use: votes on them are over."""
+        """Numbers of pairs whose preference is in use: votes on them are over."""
         self._keep = keep
         self._by_pair: dict[tuple[int, int, str], list[Vote]] = {}
         self._by_rater: dict[str, list[Vote]] = {}
@@ -99,8 +99,8 @@ class Round:
 
     def close(self, pairs: Sequence[Pair]) -> None:
         """Ends the vote on some pairs."""
-        self.closed |= {pair.index for pair in pairs}
-        self._ballots = {name: each for name, each in self._ballots.items() if each.pair.index not in self.closed}
+        self.closed |= {pair.number for pair in pairs}
+        self._ballots = {name: each for name, each in self._ballots.items() if each.pair.number not in self.closed}
 
     # Votes
 
@@ -139,7 +139,7 @@ class Round:
             raise NotOnShowError("this pair is not on show: it was judged already, or given to somebody else")
         vote = Vote(
             ballot.pair.epoch,
-            ballot.pair.index,
+            ballot.pair.number,
             ballot.pair.images,
             ballot.pair.prompt,
             choice,
@@ -179,7 +179,7 @@ class Round:
     # Dealing
 
     def _pairs_left(self) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.index not in self.closed]
+        return [pair for pair in self.pairs if pair.number not in self.closed]
 
     def _open(self, rater: str) -> Ballot | None:
         return next((ballot for ballot in self._ballots.values() if ballot.rater == rater), None)
@@ -218,7 +218,7 @@ class Round:
 
     def _chance(self, pair: Pair, rater: str, what: str) -> float:
         """In [0, 1): a function of seed, epoch, pair and rater."""
-        words = f"{self.rules.seed} {pair.epoch} {pair.index} {what} {rater}"
+        words = f"{self.rules.seed} {pair.epoch} {pair.number} {what} {rater}"
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") / 2**64
 
     def _take(self, vote: Vote) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -60,6 +61,16 @@ class BaseReward:
 
     def setup(self, device: torch.device) -> None:
         """Loads weights onto `device`, once; called before the first score, perhaps more than once."""
+
+    def start_epoch(self, epoch: int, pairs: Sequence[int], num_pairs: int, folder: Path) -> None:
+        """Told before an epoch's first pair is scored; pairs come in their order.
+
+        Args:
+            epoch: from 0.
+            pairs: this device's, by their index in the epoch.
+            num_pairs: of all devices.
+            folder: the run's.
+        """
 
     def check(self, prompt: str, metadata: Metadata) -> None:
         """Raises ConfigurationError if this prompt cannot be scored; called for each prompt before any model loads."""
@@ -143,5 +154,6 @@ class PairReward(BaseReward, ABC):
 
         Returns:
             [P], in [-1, 1], on the images' device or the CPU: above 0 where the first image is better, 0 for a tie.
-            With the images swapped it is to be the opposite.
+            With the images swapped it is to be the opposite. NaN says that a pair has not been compared: it is dropped,
+            where `failures.on_reward_error` drops pairs, and an error elsewhere.
         """

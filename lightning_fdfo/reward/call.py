@@ -53,7 +53,7 @@ def score_images(
 
     Raises:
         RewardError: it raised something, or gave something else than N real numbers within float32's range; of a
-            `PairReward`, N / 2 in [-1, 1].
+            `PairReward`, N / 2 in [-1, 1]; NaN for a pair that it has not compared passes.
         ValueError: an odd number of images for a `PairReward`.
     """
     if len(images) % images_per_score(reward):
@@ -69,7 +69,7 @@ def score_images(
         raise _failure(name, reward, f"expected [{len(images) // each}] {what}, got shape {list(score.shape)}")
     fine = score.float().isfinite()  # differences train in float32
     if isinstance(reward, PairReward):
-        fine &= score.abs() <= 1
+        fine = score.isnan() | (score.abs() <= 1)
     if not bool(fine.all()):
         row = int((~fine).nonzero()[0])
         raise _failure(name, reward, f"{what[:-1]} {score[row].item()} for prompt {prompts[each * row]!r}")

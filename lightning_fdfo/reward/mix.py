@@ -63,7 +63,7 @@ class RewardMix:
         self.terms = parse_terms(terms)
         self.rewards = {name: as_reward(term.reward) for name, term in self.terms.items()}
         self.running = {name: RunningStd() for name, term in self.terms.items() if term.scale == "std"}
-        self._scorer = RewardScorer(
+        self.scorer = RewardScorer(
             self.rewards,
             {name: term.device for name, term in self.terms.items()},
             {name: term.time_limit for name, term in self.terms.items()},
@@ -94,15 +94,15 @@ class RewardMix:
                     f"reward {name!r} has a gate on {gate.reward!r}, which does not score this prompt: add "
                     f"{gate.reward!r} to the prompt's rewards, with 0 if it is not to train"
                 )
-            self._scorer.check(name, prompt, metadata)
+            self.scorer.check(name, prompt, metadata)
 
     def fetch(self) -> None:
         """Fetches all weights into the cache."""
-        self._scorer.fetch()
+        self.scorer.fetch()
 
     def setup(self, device: torch.device) -> None:
         """Sets up each reward on its own device, or on `device`; raises RewardError if one cannot be."""
-        self._scorer.setup(device)
+        self.scorer.setup(device)
 
     # Scores
 
@@ -155,7 +155,7 @@ class RewardMix:
         """
         if routes is None:
             routes = dict.fromkeys(self.terms, Route.everywhere(len(images)))
-        return self._scorer.start(images, prompts, metadata, routes, drop=drop)
+        return self.scorer.start(images, prompts, metadata, routes, drop=drop)
 
     # The sum
 
@@ -238,7 +238,7 @@ class RewardMix:
     def image_gradient(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """The gradient of a term's scores at the images, in the reward's own units: [N, 3, H, W]; or a RewardError."""
         texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
-        return self._scorer.image_gradient(name, images, texts, metadata)
+        return self.scorer.image_gradient(name, images, texts, metadata)
 
     def pulls(self, gradients: Mapping[str, Tensor], scores: Mapping[str, Scores], epoch: int = 0) -> dict[str, Tensor]:
         """What each term with `gradient: true` adds to the total's gradient at the final latents.

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -133,6 +134,12 @@ class RewardScorer:
                 stacklevel=2,
             )
 
+    def start_epoch(self, epoch: int, pairs: Sequence[int], num_pairs: int, folder: Path) -> None:
+        """Tells each reward, see `BaseReward.start_epoch`."""
+        for name, reward in self.rewards.items():
+            with guarded(name, reward, "cannot start an epoch", "it starts an epoch"):
+                reward.start_epoch(epoch, pairs, num_pairs, folder)
+
     def start(
         self,
         images: Tensor,
@@ -212,7 +219,7 @@ class RewardScorer:
         """
         count, each = len(images), images_per_score(self.rewards[name])
         try:
-            return self._score_batch(name, images, prompts, metadata), torch.ones(count, dtype=torch.bool)
+            found = self._score_batch(name, images, prompts, metadata)
         except _OverdueRewardError as error:  # it may still be running: it is not asked again for each image
             if not drop:
                 raise
@@ -220,14 +227,16 @@ class RewardScorer:
             return torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
         except RewardError as error:
             failed = error
+        else:
+            return self._compared(name, found, prompts, drop)
         values, scored, failures = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool), 0
         for row in range(0, count, each):
             one, prompt = slice(row, row + each), prompts[row]
             try:
                 if failures == MAX_FAILURES:
                     raise failed
-                values[one] = self._score_batch(name, images[one], prompts[one], metadata[one])
-                scored[one], failures = True, 0
+                found = self._score_batch(name, images[one], prompts[one], metadata[one])
+                (values[one], scored[one]), failures = self._compared(name, found, prompts[one], drop), 0
             except RewardError as error:
                 failures += failures < MAX_FAILURES
                 if not drop:
@@ -238,6 +247,20 @@ class RewardScorer:
         if not drop:
             raise failed
         return values, scored
+
+    def _compared(self, name: str, values: Tensor, prompts: Sequence[str], drop: bool) -> tuple[Tensor, Tensor]:
+        """Scores, and which there are: a `PairReward` gives NaN for a pair that it has not compared."""
+        missing = values.isnan()
+        if not bool(missing.any()):
+            return values, ~missing
+        row = int(missing.nonzero()[0])
+        said = f"no preference on {int(missing.sum()) // 2} of {len(values) // 2} pairs, first for {prompts[row]!r}"
+        if not drop:
+            error = RewardError(f"reward {name!r}: {said}: `failures.on_reward_error: drop_pair` leaves them out")
+            error.row = row
+            raise error
+        warnings.warn(f"dropped: reward {name!r} has {said}", stacklevel=2)
+        return values.nan_to_num(nan=0.0), ~missing
 
     def _score_batch(self, name: str, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
         """One reward's scores, within its time limit."""

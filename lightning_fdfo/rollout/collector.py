@@ -169,6 +169,7 @@ class RolloutCollector:
         count, size = self.plan.pairs_per_device, self.rollout_batch_size
         first = self.context.rank * count
         pairs = range(first, first + count)
+        self.rewards.scorer.start_epoch(epoch, pairs, self.plan.num_pairs, self.context.folder)
         prompts = self.prompts_of(epoch, pairs)
         conditioning = self.encode(prompts)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]

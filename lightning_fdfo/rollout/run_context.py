@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class RunContext:
     def device(self) -> torch.device:
         """Where the model of this process is."""
         return self.trainer.strategy.root_device
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.trainer.default_root_dir)
 
     @property
     def epoch(self) -> int:

@@ -49,10 +49,10 @@ def test_sides_are_shuffled_and_the_choice_is_the_pairs():
 def test_two_raters_never_see_the_same_pair():
     round_, kept = start()
     shown = [round_.next("ada", 0.0), round_.next("bob", 0.0)]
-    assert [ballot.pair.index for ballot in shown] == [0, 1]
+    assert [ballot.pair.number for ballot in shown] == [0, 1]
     assert round_.next("ada", 1.0) is shown[0]  # a page that is loaded again
     round_.vote(shown[1].name, "bob", "none", 10, "")
-    assert round_.next("bob", 2.0).pair.index == 2
+    assert round_.next("bob", 2.0).pair.number == 2
     assert round_.preference(PAIRS[1]) == 0
     assert math.isnan(round_.preference(PAIRS[0]))
     assert len(kept) == 1
@@ -61,8 +61,8 @@ def test_two_raters_never_see_the_same_pair():
 def test_a_pair_that_is_left_goes_to_another():
     round_, _ = start(patience=60.0)
     left = round_.next("ada", 0.0)
-    assert round_.next("bob", 59.0).pair.index == 1
-    assert round_.next("cyd", 61.0).pair.index == 0
+    assert round_.next("bob", 59.0).pair.number == 1
+    assert round_.next("cyd", 61.0).pair.number == 0
     round_.vote(left.name, "ada", "first", 10, "")  # she comes back: her vote counts too
     assert round_.preference(PAIRS[0]) == 1
 
@@ -71,7 +71,7 @@ def test_several_votes_a_pair_are_of_several_raters():
     round_, _ = start(votes_per_pair=2)
     judge(round_, "ada", "first")
     assert not round_.is_decided(PAIRS[0])
-    assert round_.next("ada", 0.0).pair.index == 1
+    assert round_.next("ada", 0.0).pair.number == 1
     judge(round_, "bob", "none")
     assert round_.is_decided(PAIRS[0])
     assert round_.preference(PAIRS[0]) == 0.5
@@ -106,7 +106,7 @@ def test_undo_shows_the_last_pair_again():
     first = judge(round_, "ada")
     shown = round_.next("ada", 0.0)
     again = round_.undo("ada", 1.0, "")
-    assert (again.pair.index, again.mirrored) == (1, first.mirrored)
+    assert (again.pair.number, again.mirrored) == (1, first.mirrored)
     assert round_.next("ada", 2.0) is again
     assert kept[-1] == first._replace(choice=None)
     assert not round_.is_decided(PAIRS[1])
@@ -129,7 +129,7 @@ def test_what_is_in_use_is_over():
         round_.undo("ada", 0.0, "")
     with pytest.raises(NotOnShowError, match="not on show"):
         round_.vote(shown.name, "bob", "first", 1, "")
-    assert round_.next("bob", 0.0).pair.index == 2
+    assert round_.next("bob", 0.0).pair.number == 2
 
 
 @pytest.mark.parametrize("name", ["", "no such", None])
@@ -153,7 +153,7 @@ def test_a_round_goes_on_with_the_votes_that_there_are():
     round_.undo("ada", 0.0, "")
     again, _ = start(votes=kept)
     assert [again.is_decided(pair) for pair in PAIRS] == [True] * 6 + [False] * 14
-    assert again.next("bob", 0.0).pair.index == 6
+    assert again.next("bob", 0.0).pair.number == 6
     others = [pair._replace(first=b"another model's") for pair in PAIRS]
     assert not any(start(votes=kept, pairs=others)[0].is_decided(pair) for pair in others)
 

@@ -103,7 +103,8 @@ def test_a_route_a_schedule_and_a_gate_of_its_own_work_as_ever():
     [
         (torch.zeros(6), r"expected \[3\] preferences, got shape \[6\]"),
         (torch.tensor([0.0, 1.5, 0.0]), "preference 1.5 for prompt 'the dog'"),
-        (torch.tensor([0.0, 0.0, torch.nan]), "preference nan for prompt 'a bird'"),
+        (torch.tensor([0.0, 0.0, torch.nan]), "no preference on 1 of 3 pairs, first for 'a bird'"),
+        (torch.tensor([0.0, torch.inf, 0.0]), "preference inf for prompt 'the dog'"),
     ],
 )
 def test_what_is_no_preference_is_a_failure(value, message):
@@ -120,6 +121,14 @@ def test_a_pair_that_fails_is_found_and_dropped():
         scores = mix(IMAGES, PROMPTS, METADATA, drop=True)["picky"]
     assert scores.scored.tolist() == [True, True, False, False, True, True]
     np.testing.assert_allclose(scores.values[[0, 4]], (1 + preferences()[[0, 2]]) / 2, rtol=1e-6)
+
+
+def test_a_pair_that_was_not_compared_is_dropped():
+    mix = RewardMix({"lazy": RewardTerm(Wrong(torch.tensor([0.5, torch.nan, -1.0])))})
+    with pytest.warns(UserWarning, match="'lazy' has no preference on 1 of 3 pairs, first for 'the dog'"):
+        scores = mix(IMAGES, PROMPTS, METADATA, drop=True)["lazy"]
+    assert scores.scored.tolist() == [True, True, False, False, True, True]
+    assert scores.values.tolist() == [0.75, 0.25, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_images_that_are_no_pairs_are_refused():
