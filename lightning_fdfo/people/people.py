@@ -45,10 +45,11 @@ class People(PairReward):
             LIGHTNING_FDFO_TOKEN if there is one, else a new one.
         port: 0 takes a free one.
         votes_per_pair: >= 1, of different people.
-        repeat_share: in [0, 1): of the pairs that a person has judged, which come to them again, mirrored. The page, and
-            `lightning-fdfo votes`, tell how often both votes agree.
+        repeat_share: in [0, 1): of the pairs that a person has judged, which come to them again, mirrored. The page
+            tells how often both votes agree.
         patience: > 0; seconds after which a pair that nobody has judged is given to somebody else.
-        time_limit: > 0; seconds from the start of a round, after which pairs without their votes are dropped; None waits.
+        time_limit: > 0; seconds from the start of a round, after which pairs without their votes are dropped; None
+            waits.
         min_share: in (0, 1]: of the pairs, that must have their votes for the round to end; the others are dropped.
         seed: of sides and repeats.
 

@@ -46,8 +46,8 @@ def serve(tmp_path):
         thread.join(10)
 
 
-def vote(client, ballot, rater="ada", **change):
-    body = {"ballot": ballot, "rater": rater, "side": "left", "milliseconds": 900} | change
+def vote(client, name, **change):
+    body = {"ballot": name, "rater": "ada", "side": "left", "milliseconds": 900} | change
     return client.post("/vote", json=body)
 
 
