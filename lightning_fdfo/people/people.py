@@ -6,6 +6,7 @@ import io
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class People(PairReward):
         self._epoch, self._next_pair = epoch, pairs[0]
 
     def _open(self, folder: Path) -> Booth:
-        """The booth, and a thread that serves its page until the process ends."""
+        """The booth, and a thread that serves its page as long as this object lives."""
         rules = Rules(self.votes_per_pair, self.repeat_share, self.patience, self.seed)
         booth = Booth(rules, Enough(self.time_limit, self.min_share), folder / VOTES)
         token = None if is_loopback(self.host) else read_token() or secrets.token_urlsafe(24)
@@ -116,6 +117,7 @@ class People(PairReward):
             ws="none", lifespan="off",
         )  # fmt: skip
         server = uvicorn.Server(config)
+        weakref.finalize(self, setattr, server, "should_exit", True)
         threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="people", daemon=True).start()
         print(f"Judge the pairs at {_link(self.host, listener.getsockname()[1], token)}", flush=True)
         return booth

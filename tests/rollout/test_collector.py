@@ -5,6 +5,7 @@ import itertools
 import threading
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.rollout.test_pairs import CPU, PROMPTS, SAMPLING
 class OneOfSome:
     """The devices of a run, seen from one; its sums over devices are its own, and events are noted."""
 
-    device, epoch = CPU, 0
+    device, epoch, folder = CPU, 0, Path("run")
 
     def __init__(self, rank):
         self.rank, self.events = rank, []
