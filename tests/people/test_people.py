@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from lightning_fdfo.errors import ConfigurationError, RewardError
@@ -151,33 +150,24 @@ def test_other_machines_need_the_token_of_the_link(tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_a_kill_in_a_round_loses_no_vote(tmp_path):
     """The shipped model, by the command: killed after some votes, and resumed."""
-    overlay = tmp_path / "overlay.yaml"
-    people = {"class_path": "People", "init_args": {"port": 0, "repeat_share": 0.0}}
-    overlay.write_text(
-        yaml.safe_dump({"model": {"rewards": {"OCR": 0.0, "people": {"reward": people, "weight": 1.0}}}})
-    )
     words = [
-        *(
-            sys.executable,
-            "-u",
-            "-m",
-            "lightning_fdfo",
-            "fit",
-            "--config=configs/quickstart.yaml",
-            f"--config={overlay}",
-        ),
-        *("--model.rewards.OCR=0.0", f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"),
+        *(sys.executable, "-u", "-m", "lightning_fdfo", "fit"),
+        *("--config=configs/quickstart.yaml", "--config=configs/people.yaml"),
+        *(f"--model.rewards.people.reward.init_args.{option}=0" for option in ("port", "repeat_share")),
+        *(f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"),
         *("--model.batching.num_pairs=8", "--model.batching.batch_size=32", "--trainer.num_sanity_val_steps=0"),
     ]
 
-    def start(*more):
-        process = subprocess.Popen([*words, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
-                return process, found[0]
-        raise AssertionError("no link")
+    def start(name, *more):
+        log = tmp_path / name
+        with log.open("w") as out:
+            process = subprocess.Popen([*words, *more], cwd=ROOT, stdout=out)
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())):
+            assert process.poll() is None
+            time.sleep(0.05)
+        return process, found[0]
 
-    process, url = start()
+    process, url = start("first.log")
     first = Rater(url, most=11)  # into the second round
     first.start()
     first.join(120)
@@ -186,7 +176,7 @@ def test_a_kill_in_a_round_loses_no_vote(tmp_path):
     process.wait()
     file = VoteFile(tmp_path / "run/votes.jsonl")
     assert len(standing(file.read())) == 11
-    process, url = start("--ckpt_path=last")
+    process, url = start("second.log", "--ckpt_path=last")
     second = Rater(url, "bob")
     second.start()
     assert process.wait(180) == 0

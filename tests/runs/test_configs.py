@@ -23,9 +23,10 @@ PARALLEL = ("ddp", "fsdp2", "multi_node")
 MIXTURES = ("legible_and_small", "legible_then_small", "legible_and_colorful")
 OVERLAYS: dict[str, tuple[str, ...]] = dict.fromkeys(MIXTURES, ("quickstart",))
 """Files that are laid over another one, as their head says, and those that they are for."""
-BASES = [name for name in CONFIGS if name not in (*OVERLAYS, *SINGLE_GPU, *PARALLEL, "guarded")]
+BASES = [name for name in CONFIGS if name not in (*OVERLAYS, *SINGLE_GPU, *PARALLEL, "guarded", "people")]
 FULL_SIZE = [name for name in BASES if name != "quickstart"]
 OVERLAYS["guarded"] = ("quickstart", "sd35_medium_pickscore")
+OVERLAYS["people"] = ("quickstart",)
 OVERLAYS |= dict.fromkeys(SINGLE_GPU, tuple(FULL_SIZE)) | dict.fromkeys(PARALLEL, ("flux_dev",))
 STACKS = [(base,) for base in BASES] + [(base, overlay) for overlay, bases in OVERLAYS.items() for base in bases]
 MEMORY_KEYS = {

@@ -20,7 +20,8 @@ from tests.runs.test_parallel import ROOT
 
 MIXTURES = ("legible_and_small", "legible_then_small", "legible_and_colorful")
 OVERLAYS = dict.fromkeys([*MIXTURES, "guarded"], "quickstart") | dict.fromkeys(SINGLE_GPU, "sd35_medium_pickscore")
-"""Those for one process, and what they are laid over; test_parallel.py and test_kills.py have the others."""
+"""Those for one process, and what they are laid over; test_parallel.py and test_kills.py have the others, and
+tests/people has `people`, which needs somebody who clicks."""
 RUNS = [*BASES, *OVERLAYS]
 ALWAYS = ("quickstart", "sd35_medium_pickscore", "legible_and_colorful", "guarded")
 """Those that are tried on every change."""
@@ -61,7 +62,7 @@ def fit(monkeypatch):
 
 
 def test_every_configuration_is_here():
-    assert set(RUNS) | {"ddp", "fsdp2", "multi_node"} == set(CONFIGS)
+    assert set(RUNS) | {"ddp", "fsdp2", "multi_node", "people"} == set(CONFIGS)
 
 
 def test_the_full_size_configurations_run_in_the_same_way():
