@@ -24,7 +24,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 FLOORS = (
     ("__main__",),
     ("commands",),
-    ("export",),
+    ("export", "people"),
     ("report", "remote", "testing"),
     ("callbacks",),
     ("module",),

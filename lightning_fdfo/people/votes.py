@@ -1,10 +1,7 @@
 """Votes: what a person said of a pair, a line each, in a file that only grows.
 
-    {"epoch": 3, "pair": 17, "images": "5f0c…", "prompt": "a cat", "choice": "first", "rater": "ada",
-     "milliseconds": 2140, "mirrored": false, "repeat": false, "time": "2026-11-27T22:08:38+00:00"}
-
-A line is on the disk before anything follows from it. A vote that is taken back is a further line, with
-null as its choice.
+A line is a `Vote` as JSON, on the disk before anything follows from it. A vote that is taken back is a further line,
+with null as its choice.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_the_page_says_what_is_counted(model):
 
 def test_every_configuration_is_on_a_page():
     pages = PAGE + "".join(
-        (ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("scaling", "mixing", "estimator")
+        (ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("scaling", "mixing", "estimator", "people")
     )
     for path in (ROOT / "configs").glob("*.yaml"):
         assert path.stem in pages or path.stem in ("quickstart", "legible_and_small"), path.name
