@@ -61,8 +61,8 @@ class Evaluator:
         """What the last `test` has computed."""
         self._unscored: set[str] = set()
         self._encoded: dict[tuple[object, ...], Conditioning] = {}
-        self._base_images: dict[tuple[object, ...], Tensor] = {}
-        """By the base model, of the batches that validations repeat, in 8 bits."""
+        self._base_images: dict[int, Tensor] = {}
+        """By the base model, of the batches that validations repeat, by their number, in 8 bits."""
         self._base: BaseWeights | None = None
         self._comparison: Comparison | None = None
         names = [name for mixture in self.mixtures for name in mixture.terms]
@@ -175,14 +175,21 @@ class Evaluator:
         found = total | rewards | (metrics[0] if metrics else {})
         return {name: value for name, value in found.items() if name not in self._unscored}
 
-    def validate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int) -> dict[str, Any]:
+    def validate(self, batch: Sequence[IndexedPrompt], device: torch.device, epoch: int, number: int) -> dict[str, Any]:
         """The rows that count.
+
+        Args:
+            batch: N rows.
+            device: where the model is.
+            epoch: whose weights the total has.
+            number: the batch's, the same in each validation.
 
         Returns:
             `images` [N, 3, H, W] on the CPU, `prompts`, and `scores`: name -> `Scores`, float32; see `score`.
         """
         images = self.generate(batch, device, self.encode_once(batch))
-        scores = self.score(images, batch, epoch, self._base_images_once(batch, device) if self.needs_base else None)
+        base_images = self._base_images_once(batch, device, number) if self.needs_base else None
+        scores = self.score(images, batch, epoch, base_images)
         prompts = [row.prompt.text for row in batch if row.counted]
         count = len(prompts)  # the others come last
         return {
@@ -191,14 +198,16 @@ class Evaluator:
             "scores": {name: score.select(slice(count)).rounded() for name, score in scores.items()},
         }
 
-    def _base_images_once(self, batch: Sequence[IndexedPrompt], device: torch.device) -> Tensor:
-        """The base model's images of a batch, kept for the next validation, which has the same."""
-        key = self._key(batch)
-        if key not in self._base_images:
+    def _base_images_once(self, batch: Sequence[IndexedPrompt], device: torch.device, number: int) -> Tensor:
+        """The base model's images of a batch, kept for the next validation, which has the same.
+
+        By the batch's number, not by its rows: where a model is sharded, all processes must generate at the same time.
+        """
+        if number not in self._base_images:
             with cast(BaseWeights, self.module.base).in_place():
                 images = self.generate(batch, device, self.encode_once(batch))
-            self._base_images[key] = (images * 255).round().byte().cpu()
-        return self._base_images[key].to(device).float() / 255
+            self._base_images[number] = (images * 255).round().byte().cpu()
+        return self._base_images[number].to(device).float() / 255
 
     def check_repeats(self, images_per_prompt: int) -> None:
         """Raises ConfigurationError if `test` generates too few images per prompt to tell how diverse they are."""

@@ -36,7 +36,7 @@ class EvaluationSteps(LightningModule):
 
     def validation_step(self, batch: list[IndexedPrompt], batch_idx: int) -> dict[str, Any]:
         """Generates images from fixed latents without churn and scores them: `Evaluator.validate`, for callbacks."""
-        outputs = self.evaluator.validate(batch, self.device, self.current_epoch)
+        outputs = self.evaluator.validate(batch, self.device, self.current_epoch, batch_idx)
         for name, score in outputs["scores"].items():
             scored = score.values[score.scored]
             self.log_means({f"val/{name}": scored.mean() if len(scored) else torch.zeros(())}, len(scored))
