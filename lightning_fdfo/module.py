@@ -200,7 +200,8 @@ class FDFOModule(Unsupported, EvaluationSteps, TrainedState):
             self._load()
         if self.device_mesh is not None:  # the strategy's, if it shards
             parallelize(self.flow.transformer, self.flow.blocks, self.device_mesh)
-        compares = (self._command == TrainerFn.TESTING and self.evaluation.base) or self.evaluator.needs_base
+        compares = self._command == TrainerFn.TESTING and self.evaluation.base
+        compares |= self._command != TrainerFn.PREDICTING and self.evaluator.needs_base
         if has_lora(self.flow.transformer) or compares:
             self.base = BaseWeights(self.flow.transformer)
         self._is_loaded, self._loaded_file = True, self.lora_file

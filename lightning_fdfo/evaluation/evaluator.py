@@ -147,8 +147,8 @@ class Evaluator:
     ) -> dict[str, Scores]:
         """Scores of all rows, by name.
 
-        The total, `reward`, is left out while a term's deviation is not known yet, and a name that no expected prompt
-        goes to.
+        The total, `reward`, is left out while a term's deviation is not known yet, and where a term with a weight does
+        not score here, as people do not. So is a name that no expected prompt goes to.
 
         Args:
             images: [N, 3, H, W].
@@ -170,7 +170,8 @@ class Evaluator:
     def _with_total(self, scores: Sequence[dict[str, Scores]], epoch: int) -> dict[str, Scores]:
         """Scores of the mixture and of the metrics, with the total before them."""
         rewards, *metrics = scores
-        known = self.module.rewards.scales_known and rewards
+        weighted = {name for name, term in self.module.rewards.terms.items() if not term.is_watched}
+        known = self.module.rewards.scales_known and weighted <= rewards.keys()
         total = {"reward": self.module.rewards.total(rewards, epoch)} if known else {}
         found = total | rewards | (metrics[0] if metrics else {})
         return {name: value for name, value in found.items() if name not in self._unscored}

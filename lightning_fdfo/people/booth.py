@@ -23,9 +23,9 @@ class Enough(NamedTuple):
     """When a round ends before all pairs have their votes."""
 
     time_limit: float | None = None
-    """seconds from its start, after which the pairs without a vote are given up"""
+    """seconds of waiting for votes, after which the pairs that lack some are given up"""
     min_share: float = 1.0
-    """of the pairs, that must have their votes for the round to end; 1 waits for all, unless there is a time_limit"""
+    """of a batch's pairs, that must have their votes; 1 waits for all, unless there is a time_limit"""
 
 
 class Status(NamedTuple):
@@ -65,33 +65,40 @@ class Booth:
         self._changed = threading.Condition()
         self._votes = self._file.read()
         self._round = Round(rules, self._votes, self._keep)
-        self._epoch, self._total, self._begun = -1, 0, 0.0
+        self._epoch, self._total, self._waited = -1, 0, 0.0
 
     # The run's side
 
     def start(self, epoch: int, num_pairs: int) -> None:
         """Begins a round of so many pairs, which come batch by batch."""
         with self._changed:
-            self._epoch, self._total, self._begun = epoch, num_pairs, self._clock()
+            self._epoch, self._total, self._waited = epoch, num_pairs, 0.0
             self._round = Round(self.rules, self._votes, self._keep)
+            self._changed.notify_all()
 
     def ask(self, pairs: Sequence[Pair]) -> list[float]:
-        """Puts pairs to the vote, and waits for it: a preference in [-1, 1] each, NaN for one without a vote."""
-        with self._changed:
-            self._round.add(pairs)
-            self._changed.notify_all()
-            while not self._is_enough(pairs):
-                self._changed.wait(POLL)
-            self._round.close(pairs)
-            return [self._round.preference(pair) for pair in pairs]
+        """Puts pairs to the vote, and waits for it.
 
-    def _is_enough(self, pairs: Sequence[Pair]) -> bool:
+        Returns:
+            A preference in [-1, 1] each; NaN for a pair that lacks votes, and for all if the next round has begun.
+        """
+        with self._changed:
+            asked, since = self._round, self._clock()
+            asked.add(pairs)
+            self._changed.notify_all()
+            while asked is self._round and not self._is_enough(pairs, self._waited + self._clock() - since):
+                self._changed.wait(POLL)
+            self._waited += self._clock() - since
+            asked.close(pairs)
+            return [asked.preference(pair) if asked.is_decided(pair) else math.nan for pair in pairs]
+
+    def _is_enough(self, pairs: Sequence[Pair], waited: float) -> bool:
+        limit, share = self.enough
+        if limit is not None and waited >= limit:
+            return True
         decided = sum(self._round.is_decided(pair) for pair in pairs)
         if decided == len(pairs):
             return not self._round.is_waiting_for_repeats(self._clock())
-        limit, share = self.enough
-        if limit is not None and self._clock() - self._begun >= limit:
-            return True
         return decided >= math.ceil(share * len(pairs)) and share < 1
 
     # A rater's side
@@ -126,9 +133,9 @@ class Booth:
     def status(self, rater: str) -> Status:
         """What a rater's page says."""
         with self._changed:
-            pairs = [pair for pair in self._round.pairs if pair.number not in self._round.closed]
+            pairs = self._round.pairs
             left = sum(not self._round.is_decided(pair) for pair in pairs)
-            waiting = self._total - len(self._round.pairs) if pairs else 0
+            waiting = self._total - self._round.num_added if pairs else 0
             votes = standing(self._votes)
             own = [vote for vote in votes if vote.rater == rater]
             _, same, twice = next(consistency(own), (rater, 0, 0))

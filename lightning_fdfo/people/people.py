@@ -49,9 +49,8 @@ class People(PairReward):
         repeat_share: in [0, 1): of the pairs that a person has judged, which come to them again, mirrored. The page
             tells how often both votes agree.
         patience: > 0; seconds after which a pair that nobody has judged is given to somebody else.
-        time_limit: > 0; seconds from the start of a round, after which pairs without their votes are dropped; None
-            waits.
-        min_share: in (0, 1]: of the pairs, that must have their votes for the round to end; the others are dropped.
+        time_limit: > 0; seconds of a round's waiting, after which pairs that lack votes are dropped; None waits on.
+        min_share: in (0, 1]: of a rollout batch's pairs, that must have their votes; the others are dropped.
         seed: of sides and repeats.
 
     Dropping pairs needs `failures.on_reward_error: drop_pair`, and a `failures.max_dropped` that allows it.
@@ -67,6 +66,7 @@ class People(PairReward):
     device = "cpu"
     validates = False
     _booth: Booth | None = None
+    _folder: Path | None = None
     _next_pair = 0
 
     def __init__(
@@ -101,8 +101,8 @@ class People(PairReward):
         """Begins a round; the first one opens the page."""
         if len(pairs) != num_pairs:
             raise ConfigurationError("People: expected one process, which all pairs are on: set trainer.devices to 1")
-        if self._booth is None:
-            self._booth = self._open(folder)
+        if self._booth is None or self._folder != folder:
+            self._booth, self._folder = self._open(folder), folder
         self._booth.start(epoch, num_pairs)
         self._epoch, self._next_pair = epoch, pairs[0]
 

@@ -11,6 +11,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from lightning_fdfo.people.votes import Choice, Vote, standing
@@ -23,18 +24,19 @@ class NotOnShowError(ValueError):
     """A vote for a pair that this rater is not being shown, or that can no longer be taken back."""
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """Two images of a prompt that are to be compared."""
 
     epoch: int
     number: int
-    """in the epoch, over all devices"""
+    """among the pairs of the epoch that people are asked for"""
     prompt: str
     first: bytes
     """a PNG"""
     second: bytes
 
-    @property
+    @cached_property
     def images(self) -> str:
         """A hash of both: a vote is for these alone."""
         return hashlib.sha256(len(self.first).to_bytes(8, "big") + self.first + self.second).hexdigest()[:32]
@@ -83,8 +85,8 @@ class Round:
     def __init__(self, rules: Rules, votes: Iterable[Vote], keep: Callable[[Vote], None]) -> None:
         self.rules = rules
         self.pairs: list[Pair] = []
-        self.closed: set[int] = set()
-        """Numbers of pairs whose preference is in use: votes on them are over."""
+        """Those on which the vote is open."""
+        self.num_added = 0
         self._keep = keep
         self._by_pair: dict[tuple[int, int, str], list[Vote]] = {}
         self._by_rater: dict[str, list[Vote]] = {}
@@ -96,11 +98,13 @@ class Round:
     def add(self, pairs: Sequence[Pair]) -> None:
         """Puts pairs to the vote; those that have theirs already, from before a run stopped, need no more."""
         self.pairs += pairs
+        self.num_added += len(pairs)
 
     def close(self, pairs: Sequence[Pair]) -> None:
-        """Ends the vote on some pairs."""
-        self.closed |= {pair.number for pair in pairs}
-        self._ballots = {name: each for name, each in self._ballots.items() if each.pair.number not in self.closed}
+        """Ends the vote on some pairs: their preferences are in use."""
+        over = {pair.key for pair in pairs}
+        self.pairs = [pair for pair in self.pairs if pair.key not in over]
+        self._ballots = {name: each for name, each in self._ballots.items() if each.pair.key not in over}
 
     # Votes
 
@@ -113,18 +117,21 @@ class Round:
         return len({vote.rater for vote in self.votes_on(pair) if not vote.repeat}) >= self.rules.votes_per_pair
 
     def preference(self, pair: Pair) -> float:
-        """The mean of its votes: 1 where all are for the first image, -1 for the second; NaN without a vote."""
-        votes = self.votes_on(pair)
-        return sum(vote.preference for vote in votes) / len(votes) if votes else float("nan")
+        """The mean over raters of the mean of their votes: 1 for the first image, -1 for the second; NaN if none."""
+        by_rater: dict[str, list[float]] = {}
+        for vote in self.votes_on(pair):
+            by_rater.setdefault(vote.rater, []).append(vote.preference)
+        means = [sum(own) / len(own) for own in by_rater.values()]
+        return sum(means) / len(means) if means else float("nan")
 
     def next(self, rater: str, now: float) -> Ballot | None:
         """What a rater is shown: the pair on show if there is one, or the next; None if there is none for them."""
         self._seen[rater] = now
         if (own := self._open(rater)) is not None:
             return own
-        pair = next((pair for pair in self._pairs_left() if self._wants(pair, rater, now)), None)
+        pair = next((pair for pair in self.pairs if self._wants(pair, rater, now)), None)
         again = self._due_again(rater)
-        if again is not None and (pair is None or self._since(rater, again) >= REPEAT_AFTER):
+        if again is not None:
             return self._show(rater, again, True, now)
         return None if pair is None else self._show(rater, pair, False, now)
 
@@ -159,7 +166,7 @@ class Round:
         Raises:
             NotOnShowError: there is none, or training goes on with it already.
         """
-        pairs = {pair.key: pair for pair in self._pairs_left()}
+        pairs = {pair.key: pair for pair in self.pairs}
         own = [vote for vote in standing(self._by_rater.get(rater, ())) if vote.place[:3] in pairs]
         if not own:
             raise NotOnShowError("there is no vote to take back: training goes on with the earlier ones")
@@ -178,9 +185,6 @@ class Round:
 
     # Dealing
 
-    def _pairs_left(self) -> list[Pair]:
-        return [pair for pair in self.pairs if pair.number not in self.closed]
-
     def _open(self, rater: str) -> Ballot | None:
         return next((ballot for ballot in self._ballots.values() if ballot.rater == rater), None)
 
@@ -198,10 +202,10 @@ class Round:
 
     def _due_again(self, rater: str) -> Pair | None:
         """The first pair that a rater is to judge again."""
-        for pair in self._pairs_left():
+        for pair in self.pairs:
             votes = [vote for vote in self.votes_on(pair) if vote.rater == rater]
             chosen = self._chance(pair, rater, "repeat") < self.rules.repeat_share
-            if chosen and len(votes) == 1 and not votes[0].repeat:
+            if chosen and len(votes) == 1 and not votes[0].repeat and self._since(rater, pair) >= REPEAT_AFTER:
                 return pair
         return None
 

@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
-from pydantic import BaseModel, Field
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, Field
 
 from lightning_fdfo.people.booth import Booth, Side
 from lightning_fdfo.people.round import Ballot, NotOnShowError
@@ -30,7 +32,8 @@ HEADERS = {
 }
 """Of every answer: nothing is kept, and the page can ask nobody else."""
 
-Rater = Annotated[str, Field(min_length=1, max_length=60)]
+Rater = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(lambda name: name.encode().decode())]
+"""A name that can be written down: half of a surrogate pair cannot."""
 
 
 class Who(BaseModel, extra="forbid", strict=True):
@@ -58,7 +61,12 @@ class Door:
         self._token = token
 
     def admit(self, request: Request, x_token: Annotated[str, Header()] = "") -> None:
-        """Raises HTTPException for anybody else."""
+        """Raises HTTPException for anybody else, and for what another site's page could send without asking."""
+        if request.method == "POST" and request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            raise HTTPException(415, "expected the content type application/json")
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise HTTPException(403, "expected to be asked by this server's own page")
         if self._token is None:
             if not is_loopback(_hostname(request)):  # a web page whose name was made to lead here
                 raise HTTPException(403, "expected to be addressed as 127.0.0.1 or localhost: this server has no token")
@@ -124,6 +132,7 @@ def create_app(booth: Booth, token: str | None, folder: Path | None) -> FastAPI:
     """The page's addresses, and no others; see `Page` and `Door` for the arguments."""
     app, page = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), Page(booth, folder)
     app.middleware("http")(_hardened)
+    app.add_exception_handler(RequestValidationError, _invalid)
     admitted = [Depends(Door(token).admit)]
     app.add_api_route("/", page.show, methods=["GET"], dependencies=admitted)
     for path, answer in (("/next", page.next), ("/vote", page.vote), ("/undo", page.undo)):
@@ -131,6 +140,12 @@ def create_app(booth: Booth, token: str | None, folder: Path | None) -> FastAPI:
     app.add_api_route("/images/{ballot}/{side}.png", page.image, methods=["GET"])
     app.add_api_route("/curve.png", page.curve, methods=["GET"], dependencies=admitted)
     return app
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What came is not repeated: it may be no text."""
+    where = {str(part) for problem in cast(RequestValidationError, error).errors() for part in problem["loc"][1:]}
+    return JSONResponse({"detail": f"expected other values of {', '.join(sorted(where)) or 'JSON'}"}, 422)
 
 
 async def _hardened(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:

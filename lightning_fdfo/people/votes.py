@@ -23,7 +23,7 @@ class Vote(NamedTuple):
 
     epoch: int
     pair: int
-    """its index in the epoch, over all devices"""
+    """its number among the pairs of the epoch that people are asked for"""
     images: str
     """a hash of both images: a vote is for these alone"""
     prompt: str
@@ -79,9 +79,12 @@ class VoteFile:
         if not self.path.exists():
             return []
         votes = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        lines = self.path.read_bytes().split(b"\n")  # str.splitlines would split inside some prompts
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
             try:
-                votes.append(_parse(line))
+                votes.append(_parse(line.decode(errors="replace")))
             except (ValueError, TypeError, KeyError) as error:
                 warnings.warn(f"{self.path}:{number}: left out, for it is no vote: {error}", stacklevel=2)
         return votes

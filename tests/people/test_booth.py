@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,38 @@ def test_a_round_that_is_over_time_gives_up_the_rest(tmp_path, clock):
         booth.undo("ada")
 
 
+def test_only_waiting_counts_as_time_and_one_vote_of_two_is_none(tmp_path, clock):
+    booth = make(tmp_path, clock, rules=Rules(votes_per_pair=2, repeat_share=0.0), enough=Enough(time_limit=60.0))
+    booth.start(0, 12)
+    clock.now = 1000.0  # the images are generated
+    thread, found = asked(booth, PAIRS[:6])
+    judge(booth, "ada", 6, the_first)
+    judge(booth, "bob", 3, the_first)
+    clock.now = 1059.0
+    thread.join(0.1)
+    assert thread.is_alive()
+    clock.now = 1061.0
+    thread.join(10)
+    assert found[:3] == [1.0] * 3
+    assert all(math.isnan(value) for value in found[3:])
+
+
+def test_an_ask_that_was_given_up_ends_with_its_round(tmp_path, clock):
+    booth = make(tmp_path, clock)
+    booth.start(0, 12)
+    thread, found = asked(booth, PAIRS[:6])
+    while booth.next("ada") is None:
+        time.sleep(0.005)
+    booth.start(1, 6)
+    thread.join(10)
+    assert len(found) == 6
+    assert all(map(math.isnan, found))
+    thread, found = asked(booth, [replace(pair, epoch=1) for pair in PAIRS[:6]])
+    judge(booth, "ada", 6, the_first)
+    thread.join(10)
+    assert found == [1.0] * 6
+
+
 def test_a_share_of_the_votes_may_be_enough(tmp_path, clock):
     booth = make(tmp_path, clock, enough=Enough(min_share=0.5))
     booth.start(0, 12)
@@ -131,7 +164,7 @@ def test_what_the_page_says(tmp_path, clock):
     assert not booth.status("ada").is_open
     for epoch in (0, 1):
         booth.start(epoch, 6)
-        thread, _ = asked(booth, [pair._replace(epoch=epoch) for pair in PAIRS[:6]])
+        thread, _ = asked(booth, [replace(pair, epoch=epoch) for pair in PAIRS[:6]])
         judge(booth, "ada", 3, lambda ballot: "none" if ballot.pair.number == 0 else the_first(ballot))
         status = booth.status("ada")
         assert (status.epoch, status.is_open, status.total, status.left) == (epoch, True, 6, 3)

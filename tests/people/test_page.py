@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_two_at_once_share_the_pairs_and_the_next_round_comes_by_itself(run, vis
     wait_for(lambda: started.preferences)
     assert {vote.rater for vote in started.votes()} == {"ada", "bob"}
     assert sorted(vote.pair for vote in started.votes()) == list(range(6))
-    started.ask([pair._replace(epoch=1) for pair in PAIRS])
+    started.ask([replace(pair, epoch=1) for pair in PAIRS])
     shown(ada, 0)
     assert ada.get_by_text("Round 2").is_visible()
     if folder := os.environ.get("PICTURES"):  # for the documentation

@@ -133,6 +133,25 @@ def test_a_huge_body_is_refused(serve):
     assert client.post("/next", content=stream).status_code == 413
 
 
+def test_another_sites_page_is_refused(serve, tmp_path):
+    client = serve()
+    body = b'{"rater": "ada"}'
+    for headers, status in (
+        ({"Content-Type": "text/plain"}, 415),
+        ({}, 415),
+        ({"Content-Type": "application/json", "Origin": "https://evil.example"}, 403),
+        ({"Content-Type": "application/json", "Origin": "null"}, 403),
+        ({"Content-Type": "application/json", "Origin": str(client.base_url)}, 200),
+    ):
+        assert client.post("/next", content=body, headers=headers).status_code == status
+
+
+def test_a_name_that_cannot_be_written_is_refused(serve):
+    body = b'{"rater": "\\ud800"}'
+    answer = serve().post("/next", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+
+
 def test_the_curve_is_the_runs(serve, tmp_path):
     client = serve()
     assert client.get("/curve.png").status_code == 404

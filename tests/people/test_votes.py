@@ -12,11 +12,16 @@ VOTE = Vote(3, 17, "5f0c", 'a "cat", 猫', "first", "ada", 2140, False, False, "
 def test_votes_come_back_as_they_were(tmp_path):
     file = VoteFile(tmp_path / "new/votes.jsonl")
     assert file.read() == []
-    votes = [VOTE, VOTE._replace(choice=None), VOTE._replace(rater="bob", choice="none", repeat=True)]
+    votes = [
+        VOTE,
+        VOTE._replace(choice=None),
+        VOTE._replace(prompt="a\u2028b\u0085c\x0cd"),
+        VOTE._replace(rater="bob", choice="none", repeat=True),
+    ]
     for vote in votes:
         file.append(vote)
     assert file.read() == votes
-    assert [json.loads(line)["rater"] for line in file.path.read_text().splitlines()] == ["ada", "ada", "bob"]
+    assert [json.loads(line)["rater"] for line in file.path.read_text().split("\n")[:-1]] == ["ada"] * 3 + ["bob"]
 
 
 def test_a_line_that_a_crash_cut_short_costs_only_itself(tmp_path):
