@@ -5,21 +5,6 @@
 It needs an extra: `pip install 'lightning-fdfo[remote]'`.
 """
 
-from lightning_fdfo.errors import ConfigurationError
-
-EXTRA = ("fastapi", "httpx", "pydantic", "tenacity", "uvicorn")
-"""What the extra brings."""
-
-try:
-    import fastapi  # noqa: F401
-    import uvicorn  # noqa: F401
-
-    from lightning_fdfo.people.people import People
-except ModuleNotFoundError as error:
-    if error.name not in EXTRA:
-        raise
-    raise ConfigurationError(
-        f"people as a reward need {error.name}, which is not installed: pip install 'lightning-fdfo[remote]'"
-    ) from error
+from lightning_fdfo.people.people import People
 
 __all__ = ["People"]

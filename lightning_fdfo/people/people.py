@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import io
-import secrets
-import socket
-import threading
 import weakref
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import uvicorn
 from PIL import Image
 from torch import Tensor
 
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.people.booth import Booth, Enough
 from lightning_fdfo.people.round import Pair, Rules
-from lightning_fdfo.people.server import create_app
-from lightning_fdfo.remote.access import is_loopback, read_token
-from lightning_fdfo.remote.listener import bind
 from lightning_fdfo.reward.base import Metadata, PairReward
 from lightning_fdfo.settings import check_number
 
 VOTES = "votes.jsonl"
 """In the run's folder."""
+EXTRA = ("fastapi", "httpx", "pydantic", "tenacity", "uvicorn")
+"""What serves the page."""
 
 
 class People(PairReward):
@@ -106,20 +102,23 @@ class People(PairReward):
         self._booth.start(epoch, num_pairs)
         self._epoch, self._next_pair = epoch, pairs[0]
 
+    def fetch(self) -> None:
+        """Raises ConfigurationError if what serves the page is not installed."""
+        for package in EXTRA:
+            if find_spec(package) is None:
+                raise ConfigurationError(
+                    f"People need {package}, which is not installed: pip install 'lightning-fdfo[remote]'"
+                )
+
     def _open(self, folder: Path) -> Booth:
         """The booth, and a thread that serves its page as long as this object lives."""
+        from lightning_fdfo.people.server import serve
+
         rules = Rules(self.votes_per_pair, self.repeat_share, self.patience, self.seed)
         booth = Booth(rules, Enough(self.time_limit, self.min_share), folder / VOTES)
-        token = None if is_loopback(self.host) else read_token() or secrets.token_urlsafe(24)
-        listener = bind(self.host, self.port)
-        config = uvicorn.Config(
-            create_app(booth, token, folder), log_level="warning", access_log=False, server_header=False, http="h11",
-            ws="none", lifespan="off",
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+        server, link = serve(booth, folder, self.host, self.port)
         weakref.finalize(self, setattr, server, "should_exit", True)
-        threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="people", daemon=True).start()
-        print(f"Judge the pairs at {_link(self.host, listener.getsockname()[1], token)}", flush=True)
+        print(f"Judge the pairs at {link}", flush=True)
         return booth
 
     def __call__(self, first: Tensor, second: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Tensor:
@@ -139,10 +138,3 @@ def _png(image: Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
-
-
-def _link(host: str, port: int, token: str | None) -> str:
-    """The page's address, as others reach it."""
-    reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    place = f"[{reachable}]" if ":" in reachable else reachable
-    return f"http://{place}:{port}/" + ("" if token is None else f"?token={token}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import secrets
+import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, cast
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -17,7 +21,8 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from lightning_fdfo.people.booth import Booth, Side
 from lightning_fdfo.people.round import Ballot, NotOnShowError
-from lightning_fdfo.remote.access import is_loopback
+from lightning_fdfo.remote.access import is_loopback, read_token
+from lightning_fdfo.remote.listener import bind
 
 MAX_BODY = 4096
 """Bytes of a request."""
@@ -172,3 +177,31 @@ def _hostname(request: Request) -> str | None:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname
     except ValueError:
         return None
+
+
+def serve(booth: Booth, folder: Path, host: str, port: int) -> tuple[uvicorn.Server, str]:
+    """Serves a booth's page from a thread.
+
+    Args:
+        booth: where pairs wait.
+        folder: the run's.
+        host: any other than a loopback address needs a token: the environment's, or a new one.
+        port: 0 takes a free one.
+
+    Returns:
+        The server, which ends once its `should_exit` is true; and the link to the page.
+
+    Raises:
+        ConfigurationError: the address cannot be had, or the environment's token is none.
+    """
+    token = None if is_loopback(host) else read_token() or secrets.token_urlsafe(24)
+    listener = bind(host, port)
+    config = uvicorn.Config(
+        create_app(booth, token, folder), log_level="warning", access_log=False, server_header=False, http="h11",
+        ws="none", lifespan="off",
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="people", daemon=True).start()
+    reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
+    place = f"[{reachable}]" if ":" in reachable else reachable
+    return server, f"http://{place}:{listener.getsockname()[1]}/" + ("" if token is None else f"?token={token}")

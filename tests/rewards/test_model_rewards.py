@@ -34,7 +34,7 @@ def score(reward, images, prompts=PROMPTS):
 
 def test_every_one_of_them_is_tested(model_rewards):
     known = {name.partition("-")[0] for name in model_rewards}
-    assert known | {"Colorfulness", "JPEGSize", "OCR"} == {
+    assert known | {"Colorfulness", "JPEGSize", "OCR", "VLMPreference"} == {
         name for name, entry in available_rewards().items() if entry.value.startswith("lightning_fdfo_rewards.")
     }
     assert set(NAMES) == set(model_rewards)
