@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -20,7 +20,10 @@ from lightning_fdfo.guards.silent_rewards import nothing_learned
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.prompts import Prompt
+from lightning_fdfo.reward.base import PairReward
 from lightning_fdfo.reward.function import as_reward
+from lightning_fdfo.reward.mix import RewardMix
+from lightning_fdfo.reward.term import RewardTerm
 from lightning_fdfo.rollout.pairs import Rollout, start_rollout
 from lightning_fdfo.rollout.plan import BatchPlan
 from lightning_fdfo.rollout.points import PairPoints, TrajectoryPoints, allocate_points, deal_points
@@ -51,13 +54,15 @@ def examine(module: FDFOModule, prompt: Prompt) -> Iterator[Finding]:
         conditioning = module.rollout_loader([prompt]).encode([prompt])
         yield _rollout_size(module, conditioning)
         yield _memory(module, conditioning)
-        yield _without_churn(module, prompt, conditioning)
+        rewards = _without_people(module)
+        yield _without_churn(module, rewards, prompt, conditioning)
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
-        rollout = _pair(module, prompt, conditioning, module.sampling)
+        rollout = _pair(module, rewards, prompt, conditioning, module.sampling)
         yield _churn(module, rollout)
         yield from _scores(module, rollout)
-        yield from _teaches(module, rollout)
+        if set(rewards.terms) == set(module.rewards.terms):
+            yield from _teaches(module, rollout)
         points = _points(module, rollout)
         yield _replay(module, points)
         yield _gradient(module, points)
@@ -74,10 +79,25 @@ def _what_trains(module: FDFOModule) -> Finding:
     return Finding(bool(layers), f"LoRA of rank {module.lora.rank} bound {len(layers)} layers: {count}")
 
 
-def _pair(module: FDFOModule, prompt: Prompt, conditioning: Conditioning, sampling: Sampling) -> Rollout:
+def _without_people(module: FDFOModule) -> RewardMix:
+    """The rewards that can be tried here: a `PairReward` that does not validate judges in training alone."""
+    judges = {
+        name for name in module.rewards.pair_terms if not cast(PairReward, module.rewards.rewards[name]).validates
+    }
+    if not judges:
+        return module.rewards
+    left = {name: term for name, term in module.rewards.terms.items() if name not in judges}
+    rewards = RewardMix(left or {"none": RewardTerm(lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)), 0.0)})
+    rewards.setup(module.device)
+    return rewards
+
+
+def _pair(
+    module: FDFOModule, rewards: RewardMix, prompt: Prompt, conditioning: Conditioning, sampling: Sampling
+) -> Rollout:
     return start_rollout(
         module.flow,
-        module.rewards,
+        rewards,
         [prompt],
         conditioning,
         [0],
@@ -95,9 +115,9 @@ def _all_points(module: FDFOModule, sampling: Sampling) -> PairPoints:
     return allocate_points([0], steps, 2 * steps, shape, seed=module.seed, epoch=0, store=sampling.store_dtype)
 
 
-def _without_churn(module: FDFOModule, prompt: Prompt, conditioning: Conditioning) -> Finding:
+def _without_churn(module: FDFOModule, rewards: RewardMix, prompt: Prompt, conditioning: Conditioning) -> Finding:
     sampling = replace(module.sampling, churn=0.0, initial_churn=0.0, num_steps=min(4, module.sampling.num_steps))
-    ends = _pair(module, prompt, conditioning, sampling).points.ends
+    ends = _pair(module, rewards, prompt, conditioning, sampling).points.ends
     largest = half_differences(ends).abs().max().item()
     text = f"without churn the two latents of a pair differ by at most {largest:.2g}"
     if largest <= 1e-3 * ends.abs().mean().item():
@@ -119,7 +139,10 @@ def _churn(module: FDFOModule, rollout: Rollout) -> Finding:
 
 def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """A reward that raises ends the examination with its own message."""
-    for name, (scores, _, routed, _) in rollout.scores.items():
+    for name in module.rewards.terms.keys() - rollout.scores.keys():
+        yield Finding(True, f"{name}: not tried, it judges in training alone")
+    own = module.rewards.terms.keys() & rollout.scores.keys()
+    for name, (scores, _, routed, _) in ((name, one) for name, one in rollout.scores.items() if name in own):
         if not routed.any():
             yield Finding(True, f"{name}: not tried, the first prompt's rewards do not name it")
             continue
