@@ -12,6 +12,7 @@ from lightning_fdfo import LoRA, PromptDataModule, Reward, Sampling
 from lightning_fdfo.__main__ import main
 from lightning_fdfo.commands.doctor import Examination, before_loading
 from lightning_fdfo.commands.doctor_probes import Finding
+from lightning_fdfo.people import People
 from lightning_fdfo.reward.term import RewardTerm
 from tests.conftest import ToyFlow, brightness
 
@@ -58,6 +59,16 @@ def test_a_batch_is_of_the_size_that_training_takes(toy_module, prompts_file, tm
     findings = examined(toy_module(batch_size=10**9), prompts_file, tmp_path)
     assert faults(findings) == []
     assert any("the velocity of 64 stored points differs" in finding.text for finding in findings)
+
+
+@pytest.mark.parametrize("others", [{}, {"brightness": RewardTerm(brightness, 0.0)}])
+def test_people_are_not_asked(toy_module, prompts_file, tmp_path, others):
+    module = toy_module(rewards={"people": RewardTerm(People(port=0)), **others})
+    findings = examined(module, prompts_file, tmp_path)
+    assert faults(findings) == []
+    assert "people: not tried, it judges in training alone" in [finding.text for finding in findings]
+    assert any(finding.text.startswith("brightness: ") for finding in findings) == bool(others)
+    assert not (tmp_path / "votes.jsonl").exists()
 
 
 @pytest.mark.parametrize(("updates", "said"), [(1, 1), (2, 0)])
