@@ -24,7 +24,7 @@ COLUMNS = {
 FACTORS = {"exact match": 100, "best exact match": 100}
 NAMES = {
     "fdfo": "FDFO",
-    "fdfo_plus": "FDFO, with guards",
+    "fdfo_plus": "FDFO, with options",
     "awm": "AWM",
     "nft": "DiffusionNFT",
     "flow_grpo": "Flow-GRPO",
