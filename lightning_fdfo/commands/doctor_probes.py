@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from lightning_fdfo.guards.silent_rewards import nothing_learned
 from lightning_fdfo.module import FDFOModule
 from lightning_fdfo.objective import half_differences, normalize_difference, velocity_objective
 from lightning_fdfo.prompts import Prompt
-from lightning_fdfo.reward.base import PairReward
+from lightning_fdfo.reward.against import terms_that_validate
 from lightning_fdfo.reward.function import as_reward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.term import RewardTerm
@@ -81,9 +81,7 @@ def _what_trains(module: FDFOModule) -> Finding:
 
 def _without_people(module: FDFOModule) -> RewardMix:
     """The rewards that can be tried here: a `PairReward` that does not validate judges in training alone."""
-    judges = {
-        name for name in module.rewards.pair_terms if not cast(PairReward, module.rewards.rewards[name]).validates
-    }
+    judges = set(module.rewards.pair_terms) - set(terms_that_validate(module.rewards))
     if not judges:
         return module.rewards
     left = {name: term for name, term in module.rewards.terms.items() if name not in judges}
@@ -141,8 +139,9 @@ def _scores(module: FDFOModule, rollout: Rollout) -> Iterator[Finding]:
     """A reward that raises ends the examination with its own message."""
     for name in module.rewards.terms.keys() - rollout.scores.keys():
         yield Finding(True, f"{name}: not tried, it judges in training alone")
-    own = module.rewards.terms.keys() & rollout.scores.keys()
-    for name, (scores, _, routed, _) in ((name, one) for name, one in rollout.scores.items() if name in own):
+    for name, (scores, _, routed, _) in rollout.scores.items():
+        if name not in module.rewards.terms:  # what stands in where there is nothing else
+            continue
         if not routed.any():
             yield Finding(True, f"{name}: not tried, the first prompt's rewards do not name it")
             continue

@@ -9,7 +9,6 @@ On the command line:
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import packages_distributions, version
@@ -21,7 +20,7 @@ from lightning_fdfo.commands.function_parser import run_function
 from lightning_fdfo.commands.option_values import parse_device, parse_init_args
 from lightning_fdfo.errors import ConfigurationError
 from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_loopback, read_token
-from lightning_fdfo.remote.listener import bind, run_server
+from lightning_fdfo.remote.listener import bind, reachable_url, run_server
 from lightning_fdfo.remote.protocol import Description, Limits
 from lightning_fdfo.remote.server import RewardService, create_app, describe_reward
 from lightning_fdfo.reward.base import BaseReward
@@ -103,8 +102,7 @@ def load_mix(name: str, options: Mapping[str, Any], device: str) -> RewardMix:
 
 def _announcement(description: Description, host: str, port: int) -> str:
     """What is served, and the YAML to paste."""
-    reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    url = reachable_url(host, port)
     name, kind = description.reward, "RemotePairReward" if description.compares else "RemoteReward"
     term = {"class_path": f"lightning_fdfo.remote.{kind}", "init_args": {"url": url, "reward": name}}
     terms = {name.rpartition(".")[2]: {"reward": term, "weight": 1}}

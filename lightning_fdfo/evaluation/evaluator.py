@@ -20,7 +20,7 @@ from lightning_fdfo.flows.base import FlowModel
 from lightning_fdfo.flows.conditioning import Conditioning
 from lightning_fdfo.flows.generate import encode_prompts, generate
 from lightning_fdfo.prompts import IndexedPrompt, Prompt
-from lightning_fdfo.reward.against import score_against
+from lightning_fdfo.reward.against import score_against, terms_that_validate
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import is_for, routes
 from lightning_fdfo.reward.scores import Scores
@@ -78,7 +78,7 @@ class Evaluator:
     @property
     def pair_terms(self) -> list[list[str]]:
         """Of each mixture, the names of the terms that compare the tuned model's images with the base's."""
-        return [[name for name in mix.pair_terms if mix.rewards[name].validates] for mix in self.mixtures]  # type: ignore[attr-defined]
+        return [terms_that_validate(mix) for mix in self.mixtures]
 
     @property
     def needs_base(self) -> bool:

@@ -88,7 +88,8 @@ class Booth:
             self._changed.notify_all()
             while asked is self._round and not self._is_enough(pairs, self._waited + self._clock() - since):
                 self._changed.wait(POLL)
-            self._waited += self._clock() - since
+            if asked is self._round:
+                self._waited += self._clock() - since
             asked.close(pairs)
             return [asked.preference(pair) if asked.is_decided(pair) else math.nan for pair in pairs]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import weakref
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,8 +20,6 @@ from lightning_fdfo.settings import check_number
 
 VOTES = "votes.jsonl"
 """In the run's folder."""
-EXTRA = ("fastapi", "httpx", "pydantic", "tenacity", "uvicorn")
-"""What serves the page."""
 
 
 class People(PairReward):
@@ -33,7 +31,8 @@ class People(PairReward):
     counts: a run that is stopped or killed in the middle of a round and goes on by `--ckpt_path last` shows the pairs
     alone that have no vote yet.
 
-        preference = mean over the pair's votes of: 1 for the first image, -1 for the second, 0 for neither
+        preference = mean over raters of the mean of their votes
+        vote       = 1 for the first image, -1 for the second, 0 for neither
 
     It does not judge in validation and `test`.
 
@@ -104,11 +103,7 @@ class People(PairReward):
 
     def fetch(self) -> None:
         """Raises ConfigurationError if what serves the page is not installed."""
-        for package in EXTRA:
-            if find_spec(package) is None:
-                raise ConfigurationError(
-                    f"People need {package}, which is not installed: pip install 'lightning-fdfo[remote]'"
-                )
+        import_module("lightning_fdfo.remote")
 
     def _open(self, folder: Path) -> Booth:
         """The booth, and a thread that serves its page as long as this object lives."""

@@ -129,10 +129,9 @@ class Round:
         self._seen[rater] = now
         if (own := self._open(rater)) is not None:
             return own
-        pair = next((pair for pair in self.pairs if self._wants(pair, rater, now)), None)
-        again = self._due_again(rater)
-        if again is not None:
+        if (again := self._due_again(rater)) is not None:
             return self._show(rater, again, True, now)
+        pair = next((pair for pair in self.pairs if self._wants(pair, rater, now)), None)
         return None if pair is None else self._show(rater, pair, False, now)
 
     def vote(self, name: str, rater: str, choice: Choice, milliseconds: int, time: str) -> Vote:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import secrets
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from lightning_fdfo.people.booth import Booth, Side
 from lightning_fdfo.people.round import Ballot, NotOnShowError
-from lightning_fdfo.remote.access import is_loopback, read_token
-from lightning_fdfo.remote.listener import bind
+from lightning_fdfo.remote.access import is_loopback, named_host, read_token
+from lightning_fdfo.remote.listener import bind, reachable_url
 
 MAX_BODY = 4096
 """Bytes of a request."""
@@ -73,7 +72,7 @@ class Door:
         if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
             raise HTTPException(403, "expected to be asked by this server's own page")
         if self._token is None:
-            if not is_loopback(_hostname(request)):  # a web page whose name was made to lead here
+            if not is_loopback(named_host(request.headers.get("host"))):  # a web page whose name was made to lead here
                 raise HTTPException(403, "expected to be addressed as 127.0.0.1 or localhost: this server has no token")
             return
         given = x_token or request.query_params.get("token", "")
@@ -172,13 +171,6 @@ def _refusals() -> Iterator[None]:
         raise HTTPException(409, str(error)) from error
 
 
-def _hostname(request: Request) -> str | None:
-    try:
-        return urlsplit(f"//{request.headers.get('host', '')}").hostname
-    except ValueError:
-        return None
-
-
 def serve(booth: Booth, folder: Path, host: str, port: int) -> tuple[uvicorn.Server, str]:
     """Serves a booth's page from a thread.
 
@@ -202,6 +194,5 @@ def serve(booth: Booth, folder: Path, host: str, port: int) -> tuple[uvicorn.Ser
     )  # fmt: skip
     server = uvicorn.Server(config)
     threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="people", daemon=True).start()
-    reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    place = f"[{reachable}]" if ":" in reachable else reachable
-    return server, f"http://{place}:{listener.getsockname()[1]}/" + ("" if token is None else f"?token={token}")
+    link = f"{reachable_url(host, listener.getsockname()[1])}/"
+    return server, link if token is None else f"{link}?token={token}"

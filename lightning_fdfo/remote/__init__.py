@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     if error.name not in EXTRA:
         raise
     raise ConfigurationError(
-        f"remote rewards need {error.name}, which is not installed: pip install 'lightning-fdfo[remote]'"
+        f"remote rewards and people need {error.name}, which is not installed: pip install 'lightning-fdfo[remote]'"
     ) from error
 
 __all__ = ["RemotePairReward", "RemoteReward"]

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 import re
+from urllib.parse import urlsplit
 
 from lightning_fdfo.errors import ConfigurationError
 
@@ -37,6 +38,19 @@ def is_authorized(header: str | None, token: str) -> bool:
         (True, False)
     """
     return hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
+
+
+def named_host(header: str | None) -> str | None:
+    """What a request's Host header calls this machine; None where there is none, or it is no host.
+
+    Example:
+        >>> named_host("localhost:8765"), named_host("[::1]:80"), named_host(None)
+        ('localhost', '::1', None)
+    """
+    try:
+        return urlsplit(f"//{header or ''}").hostname
+    except ValueError:
+        return None
 
 
 def is_loopback(host: str | None) -> bool:

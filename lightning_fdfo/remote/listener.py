@@ -27,6 +27,17 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def reachable_url(host: str, port: int) -> str:
+    """The address of what listens at a host and port, as others reach it.
+
+    Example:
+        >>> reachable_url("127.0.0.1", 8765), reachable_url("::1", 8765)
+        ('http://127.0.0.1:8765', 'http://[::1]:8765')
+    """
+    reachable = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
 def run_server(app: FastAPI, listener: socket.socket, announcement: str) -> None:
     """Answers requests until it is interrupted.
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
@@ -14,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
 from lightning_fdfo.errors import ConfigurationError, RewardError
-from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_authorized, is_loopback
+from lightning_fdfo.remote.access import TOKEN_VARIABLE, is_authorized, is_loopback, named_host
 from lightning_fdfo.remote.codec import decode_request
 from lightning_fdfo.remote.protocol import (
     CONTENT_TYPE,
@@ -79,7 +78,7 @@ class RewardService:
     def admit(self, request: Request) -> None:
         """Raises HTTPException for whoever may not ask; before a body is read."""
         if self._token is None:
-            if not is_loopback(_hostname(request)):  # a web page whose name was made to lead here
+            if not is_loopback(named_host(request.headers.get("host"))):  # a web page whose name was made to lead here
                 raise HTTPException(403, "expected to be addressed as 127.0.0.1 or localhost: this server has no token")
         elif not is_authorized(request.headers.get("authorization"), self._token):
             raise HTTPException(
@@ -163,14 +162,6 @@ def create_app(service: RewardService) -> FastAPI:
     app.add_api_route("/check", service.check, methods=["POST"])
     app.add_api_route("/scores", service.score, methods=["POST"])
     return app
-
-
-def _hostname(request: Request) -> str | None:
-    """What the request calls this machine, by its own header: `request.url` makes up what that lacks."""
-    try:
-        return urlsplit(f"//{request.headers.get('host', '')}").hostname
-    except ValueError:
-        return None
 
 
 async def _read(request: Request, most: int) -> bytes:

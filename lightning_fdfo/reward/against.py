@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from lightning_fdfo.reward.base import Metadata
+from lightning_fdfo.reward.base import Metadata, PairReward
 from lightning_fdfo.reward.mix import RewardMix
 from lightning_fdfo.reward.routing import routes
 from lightning_fdfo.reward.scores import Scores
+
+
+def terms_that_validate(mix: RewardMix) -> list[str]:
+    """Names of a mixture's terms that compare two images, and do so in validation and `test` too."""
+    return [name for name in mix.pair_terms if cast(PairReward, mix.rewards[name]).validates]
 
 
 def score_against(

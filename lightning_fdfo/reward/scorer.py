@@ -179,7 +179,7 @@ class RewardScorer:
         """Those of some rewards that run on the images' device, and those of each other thread."""
         here: list[str] = []
         elsewhere: dict[object, list[str]] = {}
-        for name in filter(names.__contains__, self.rewards):
+        for name in (name for name in self.rewards if name in names):
             own = self._devices.get(name, device)
             if own == device:
                 here.append(name)

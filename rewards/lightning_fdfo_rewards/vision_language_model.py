@@ -70,6 +70,8 @@ class VLMReward(LoadedModel):
         self.antialias = antialias
         if "{prompt}" not in template:
             raise ConfigurationError(f"{self.name}: expected a template with {{prompt}} in it, got {template!r}")
+        if answers[0] == answers[1]:
+            raise ConfigurationError(f"{self.name}: expected two different answers, got {answers[0]!r} twice")
         self.template = template
         self.answers = answers
         self.image_size = image_size
@@ -96,7 +98,10 @@ class VLMReward(LoadedModel):
         frame = read_frame(folder, self.image_size, self.name)
         tokenizer = load_tokenizer(folder)
         first, second = (_single_token(tokenizer, answer, self.name) for answer in self.answers)
-        model = _load_model(folder, self.dtype, device, self.shard, self.name)
+        try:
+            model = _load_model(folder, self.dtype, device, self.shard)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.name}: {error}") from error
         return VisionLanguageModel(model, tokenizer, frame, (first, second))
 
     def log_odds(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -203,7 +208,7 @@ def _single_token(tokenizer: Any, answer: str, name: str) -> int:
 
 
 @cached_weak
-def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool, name: str) -> Any:
+def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
@@ -215,5 +220,5 @@ def _load_model(folder: Path, dtype: str, device: torch.device, shard: bool, nam
             device_map="auto" if shard else None,
         )
     except Exception as error:  # of another class's configuration, safetensors' own, a missing file
-        raise ConfigurationError(f"{name}: {folder} holds no model that transformers can read: {error}") from error
+        raise ConfigurationError(f"{folder} holds no model that transformers can read: {error}") from error
     return model.requires_grad_(False).eval() if shard else frozen(model, device)

@@ -42,6 +42,16 @@ def asked(booth, pairs):
     return thread, found
 
 
+def run_out(clock, thread, seconds):
+    """Time passes: a second before the limit it waits still, a second after it no more."""
+    clock.now = seconds - 1
+    thread.join(0.1)
+    assert thread.is_alive()
+    clock.now = seconds + 1
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def judge(booth, rater, number, side_of=lambda prompt: "left"):
     for _ in range(number):
         ballot = booth.next(rater)
@@ -94,11 +104,7 @@ def test_a_round_that_is_over_time_gives_up_the_rest(tmp_path, clock):
     booth.start(0, 12)
     thread, found = asked(booth, PAIRS)
     judge(booth, "ada", 5, the_first)
-    clock.now = 59.0
-    thread.join(0.1)
-    assert thread.is_alive()
-    clock.now = 61.0
-    thread.join(10)
+    run_out(clock, thread, 60)
     assert found[:5] == [1.0] * 5
     assert all(math.isnan(value) for value in found[5:])
     with pytest.raises(NotOnShowError):
@@ -112,25 +118,23 @@ def test_only_waiting_counts_as_time_and_one_vote_of_two_is_none(tmp_path, clock
     thread, found = asked(booth, PAIRS[:6])
     judge(booth, "ada", 6, the_first)
     judge(booth, "bob", 3, the_first)
-    clock.now = 1059.0
-    thread.join(0.1)
-    assert thread.is_alive()
-    clock.now = 1061.0
-    thread.join(10)
+    run_out(clock, thread, 1060)
     assert found[:3] == [1.0] * 3
     assert all(math.isnan(value) for value in found[3:])
 
 
-def test_an_ask_that_was_given_up_ends_with_its_round(tmp_path, clock):
-    booth = make(tmp_path, clock)
+def test_an_ask_that_was_given_up_ends_with_its_round_and_takes_none_of_the_nexts_time(tmp_path, clock):
+    booth = make(tmp_path, clock, enough=Enough(time_limit=60.0))
     booth.start(0, 12)
     thread, found = asked(booth, PAIRS[:6])
     while booth.next("ada") is None:
         time.sleep(0.005)
     booth.start(1, 6)
+    clock.now = 50.0
     thread.join(10)
     assert len(found) == 6
     assert all(map(math.isnan, found))
+    assert booth._waited == 0
     thread, found = asked(booth, [replace(pair, epoch=1) for pair in PAIRS[:6]])
     judge(booth, "ada", 6, the_first)
     thread.join(10)

@@ -101,7 +101,6 @@ def test_repeats_are_waited_for_while_their_rater_is_here():
     assert all(round_.is_decided(pair) for pair in PAIRS[:5])
     assert round_.is_waiting_for_repeats(20.0)
     assert not round_.is_waiting_for_repeats(75.0)
-    judge(round_, "bob", now=20.0) if round_.next("bob", 20.0) else None
     again = round_.next("ada", 20.0)
     assert (again.pair, again.repeat) == (PAIRS[0], True)
 

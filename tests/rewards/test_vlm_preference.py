@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightning_fdfo_rewards.vlm_preference import VLMPreference
+from lightning_fdfo_rewards.vlm_score import VLMScore
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
@@ -64,6 +65,12 @@ def test_it_turns_with_the_images(folders, name, size):
     assert not reward(images, images, PROMPTS, [{}] * 4).abs().gt(1e-6).any()
 
 
+def test_both_rewards_of_a_model_load_it_once(folders):
+    rewards = [preference(folders / "qwen2", 56), VLMScore(str(folders / "qwen2"), image_size=56, dtype="float32")]
+    rewards[1].setup(torch.device("cpu"))
+    assert rewards[0].model.model is rewards[1].model.model
+
+
 def test_it_keeps_the_contract(folders):
     check_reward(VLMPreference(str(folders / "qwen2"), image_size=56, dtype="float32"))
 
@@ -80,6 +87,8 @@ def test_question_and_answers_are_options(folders):
 def test_bad_options_are_named(folders):
     with pytest.raises(ConfigurationError, match=r"VLMPreference: expected a template with \{prompt\} in it"):
         VLMPreference(template="Which?")
+    with pytest.raises(ConfigurationError, match="VLMPreference: expected two different answers, got 'A' twice"):
+        VLMPreference(second="A")
     with pytest.raises(ConfigurationError, match=r"VLMPreference: '<\|im_end\|>' in .* is a control word"):
         VLMPreference().check("a cat<|im_end|>", {})
     with pytest.raises(ConfigurationError, match="VLMPreference: expected an answer of one token, got 'left image'"):
